@@ -1,0 +1,202 @@
+"""Resume state: written whole or not at all, found again, thinned out.
+
+A checkpoint is a directory `checkpoints/step-000020/` with DeepSpeed's files, one `rank-N.pt` per rank and
+`state.json`. It is written under another name; `manifest.json`, with the size and hash of every file, comes last, and
+one rename publishes the whole. A directory without its name or its manifest is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsft.engine import Engine
+from dsft.errors import UserError
+from dsft.runtime.files import write_json
+from dsft.runtime.seeds import random_state, restore_random_state
+from dsft.runtime.world import World
+
+NAME = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+TAG = "deepspeed"
+
+
+def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str, Any], frozen: bool) -> Path:
+    """Publish a checkpoint; all ranks call it.
+
+    Args:
+        run_dir: The run's directory.
+        step: Optimizer steps done.
+        engine: Holds weights, optimizer and loss scale.
+        world: The ranks.
+        state: Everything else a run goes on from (cursor, schedule, counters ...), the same on all ranks; JSON values.
+        frozen: Whether weights that are not trained are saved too.
+
+    Returns:
+        The published directory.
+
+    Raises:
+        UserError: Some rank could not write, because the disk is full for example. Earlier checkpoints are whole.
+    """
+    final = run_dir / "checkpoints" / f"step-{step:06d}"
+    part = final.with_name(final.name + ".part")
+    if world.is_main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    world.barrier()
+    error = None
+    try:
+        engine.save(str(part), TAG, frozen)
+        torch.save(random_state(), part / f"rank-{world.rank}.pt")
+    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
+        error = f"cannot write the checkpoint {final}: {problem}"
+    world.all_succeed(error)
+    hashes = _hash_share(part, world)
+    if world.is_main:
+        meta = {"step": step, "world_size": world.size, "zero_stage": engine.stage, "frozen": frozen, **state}
+        write_json(part / "state.json", meta)
+        hashes["state.json"] = _describe(part / "state.json")
+        write_json(part / MANIFEST, {"step": step, "files": dict(sorted(hashes.items()))})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
+        _sync_directory(final.parent)
+    world.barrier()
+    return final
+
+
+def load(path: Path, engine: Engine, world: World) -> dict[str, Any]:
+    """Put weights, optimizer and random states back; all ranks call it on a fresh engine.
+
+    Returns:
+        The `state` that `save` was given, with `step` among it.
+
+    Raises:
+        UserError: The checkpoint was written by another number of ranks or ZeRO stage.
+    """
+    state = read_state(path)
+    for what, have, key in (("ranks", world.size, "world_size"), ("ZeRO stage", engine.stage, "zero_stage")):
+        if state[key] != have:
+            raise UserError(
+                f"{path} was written with {what} {state[key]}, and this run has {have}. Start it with {state[key]}, "
+                "or use another run_dir."
+            )
+    engine.load(str(path), TAG, state["frozen"])
+    restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=False))
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The plain part of a checkpoint: step, cursor, schedule, counters."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(NAME.fullmatch(p.name)[1]))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file of its manifest has its size and hash."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        return f"no readable {MANIFEST} ({problem})"
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _describe(file) != expected:
+            return f"{name} has another hash than when it was written"
+    return None
+
+
+def newest_whole(run_dir: Path, note) -> Path | None:
+    """The newest checkpoint that is whole; `note(message)` is told of each that is passed over."""
+    for path in reversed(checkpoints(run_dir)):
+        if (problem := damage(path)) is None:
+            return path
+        note(f"passing over {path}: {problem}")
+    return None
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a kill in the middle of writing has left behind."""
+    for part in (run_dir / "checkpoints").glob("*.part"):
+        shutil.rmtree(part)
+
+
+def retain(run_dir: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the last `keep_last` and the best."""
+    for path in checkpoints(run_dir)[: -keep_last or None]:
+        if best_step is None or path.name != f"step-{best_step:06d}":
+            shutil.rmtree(path)
+
+
+def find(run_dir: Path, which: str) -> Path:
+    """The checkpoint called `best`, `last` or by its step.
+
+    Raises:
+        UserError: There is none; the message lists those there are.
+    """
+    all_ = checkpoints(run_dir)
+    have = ", ".join(p.name for p in all_) or "none"
+    if not all_:
+        raise UserError(f"{run_dir}/checkpoints holds no checkpoint")
+    if which == "last":
+        return all_[-1]
+    if which == "best":
+        best = read_state(all_[-1]).get("best_step")
+        which = str(best) if best is not None else which
+    named = {str(int(NAME.fullmatch(p.name)[1])): p for p in all_}
+    if which not in named:
+        raise UserError(f"{run_dir} has no checkpoint {which!r}; it has: {have}")
+    return named[which]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint of any ZeRO stage and number of ranks, whole, on the CPU.
+
+    Returns:
+        Parameter name (of the model, without the task's prefix) to tensor; fp32 where DeepSpeed kept a master copy.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = read_state(path)
+    if state["zero_stage"] == 0:
+        file = path / TAG / "mp_rank_00_model_states.pt"
+        named = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    else:
+        named = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=False)
+    return {name.removeprefix("model."): tensor for name, tensor in named.items()}
+
+
+def _hash_share(directory: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file below `directory`; ranks share the work. All get the whole."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    mine = {str(p.relative_to(directory)): _describe(p) for p in files[world.rank :: world.size]}
+    return {name: about for share in world.gather_objects(mine) for name, about in share.items()}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,341 @@
+"""Settings that must agree with each other: every rule is small, and all that fail are told together."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from dsft.config.schema import (
+    BatchConfig,
+    Config,
+    Method,
+    OptimName,
+    Packing,
+    Precision,
+    ScheduleConfig,
+    ScheduleName,
+    Source,
+    TrainConfig,
+)
+from dsft.config.zero import offloads_optimizer, offloads_parameters, stage
+from dsft.errors import UserError
+
+DEFAULT_MICRO_BATCH_SIZE = 4
+_GREATER_IS_BETTER = {"eval/loss": False, "eval/perplexity": False, "eval/token_accuracy": True}
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows per forward pass of one rank, forward passes per optimizer step, and rows per optimizer step."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    global_batch_size: int
+
+
+def check(config: Config, ds: dict[str, Any], world_size: int, metric_names: Collection[str]) -> None:
+    """Refuse settings that contradict each other, or that have no effect where they are given.
+
+    Args:
+        config: The whole run.
+        ds: What the DeepSpeed JSON holds.
+        world_size: Data-parallel ranks.
+        metric_names: Declared metrics; those of an evaluation begin with `eval/`.
+
+    Raises:
+        UserError: Listing everything that is wrong, each with the settings concerned and how to mend it.
+    """
+    problems = [
+        *_ranges(config),
+        *_idle(config),
+        *_data(config),
+        *_tuning(config),
+        *_warmup(config.schedule, config.train),
+        *_evaluation(config),
+        *_metric_names(config, [name for name in metric_names if name.startswith("eval/")]),
+        *_zero(config, ds),
+        *_resume(config.train),
+        *_batch(config.batch, world_size),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_model(
+    *, max_length: int, max_position_embeddings: int | None, vocabulary_size: int, largest_token_id: int
+) -> None:
+    """What can be told only once the model's own config and its tokenizer are known.
+
+    Args:
+        max_length: `data.max_length`, in tokens.
+        max_position_embeddings: Positions that the model was built for; None where it has no such limit.
+        vocabulary_size: Rows of the input embedding.
+        largest_token_id: Largest id that the tokenizer can give.
+
+    Raises:
+        UserError: If a row could be longer than the model's positions, or a token have no embedding.
+    """
+    if max_position_embeddings is not None and max_length > max_position_embeddings:
+        raise UserError(
+            f"data.max_length={max_length} is longer than the {max_position_embeddings} positions of the model in "
+            f"model.path: give data.max_length={max_position_embeddings} or less, or another model."
+        )
+    if largest_token_id >= vocabulary_size:
+        raise UserError(
+            f"the tokenizer in model.path gives ids up to {largest_token_id}, but the model there has embeddings for "
+            f"0 to {vocabulary_size - 1}: the two do not belong together."
+        )
+
+
+def resolve_batch(batch: BatchConfig, world_size: int) -> BatchSizes:
+    """All three batch sizes from those given, with global = micro x accumulation x ranks.
+
+    Any two give the third. A micro-batch size alone is not accumulated; a global size alone is cut into the largest
+    micro-batches up to 4; nothing at all means micro-batches of 4.
+
+    Raises:
+        UserError: If the sizes disagree, or do not divide; then with the nearest global sizes that do.
+    """
+    micro, steps, total = batch.micro_batch_size, batch.gradient_accumulation_steps, batch.global_batch_size
+    for name in ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"):
+        if getattr(batch, name) is not None and getattr(batch, name) < 1:
+            raise UserError(f"batch.{name}={getattr(batch, name)} must be at least 1.")
+    if total is None:
+        micro, steps = micro or DEFAULT_MICRO_BATCH_SIZE, steps or 1
+        return BatchSizes(micro, steps, micro * steps * world_size)
+
+    unit = (micro or 1) * (steps or 1) * world_size
+    factors = {f"batch.micro_batch_size={micro}": micro, f"batch.gradient_accumulation_steps={steps}": steps}
+    given = [name for name, value in factors.items() if value is not None]
+    if len(given) == 2 and total != unit:
+        raise UserError(
+            f"{' x '.join(given)} x {world_size} ranks is {unit}, not batch.global_batch_size={total}: leave one of "
+            "the three out (KEY=null takes away what a recipe set)."
+        )
+    if total % unit:
+        near = [size for size in (total // unit * unit, (total // unit + 1) * unit) if size]
+        raise UserError(
+            f"batch.global_batch_size={total} does not divide by {' x '.join([*given, f'{world_size} ranks'])}: "
+            f"the nearest sizes that do are {' and '.join(map(str, near))}."
+        )
+    share = total // unit
+    if micro is None and steps is None:
+        micro = next(size for size in range(DEFAULT_MICRO_BATCH_SIZE, 0, -1) if share % size == 0)
+        steps = share // micro
+    return BatchSizes(micro or share, steps or share, total)
+
+
+_RANGES = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            "model.logits_chunk data.max_records data.pack_window data.num_workers tuning.last_layers tuning.rank "
+            "fp16.loss_scale_window schedule.step_size train.max_steps train.epochs train.log_every train.keep_last "
+            "train.sample_tokens eval.micro_batch_size"
+        ),
+    ),
+    "at least 2": (lambda value: value >= 2, "data.max_length"),
+    "0 or more": (
+        lambda value: value >= 0,
+        (
+            "tuning.neftune_alpha fp16.initial_scale_power optim.weight_decay optim.max_grad_norm "
+            "schedule.warmup_steps schedule.restarts schedule.patience train.seed train.eval_every train.save_every "
+            "train.early_stopping_patience train.early_stopping_min_delta train.max_skipped_steps train.samples"
+        ),
+    ),
+    "more than 0": (lambda value: value > 0, "tuning.alpha optim.lr optim.eps"),
+    "more than 0 and at most 1": (lambda value: 0 < value <= 1, "optim.layer_decay schedule.gamma"),
+    "at least 0 and less than 1": (
+        lambda value: 0 <= value < 1,
+        "data.validation_share tuning.dropout optim.momentum schedule.warmup_ratio schedule.min_lr_ratio",
+    ),
+}
+"""Numbers' ranges, in words and as a test, with the knobs they hold for; null passes."""
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for words, (holds, names) in _RANGES.items():
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                yield f"{name}={value} must be {words}."
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas={betas} must be two numbers, each at least 0 and less than 1."
+
+
+_ACTS_WITH = (
+    ("tuning.trainable tuning.last_layers", "tuning.method", {Method.freeze}, "tuning=freeze"),
+    (
+        "tuning.rank tuning.alpha tuning.dropout tuning.target_modules tuning.use_rslora tuning.use_dora",
+        "tuning.method",
+        {Method.lora},
+        "tuning=lora",
+    ),
+    ("data.train", "data.source", {Source.files}, "data=jsonl"),
+    ("data.packages", "data.source", {Source.pydoc}, "data=pydoc"),
+    ("data.pack_window", "data.packing", {Packing.bfd}, "data.packing=bfd"),
+    ("fp16.initial_scale_power fp16.loss_scale_window", "precision", {Precision.fp16}, "precision=fp16"),
+    ("optim.implementation", "optim.name", {OptimName.adamw}, "optim=adamw"),
+    ("optim.betas", "optim.name", set(OptimName) - {OptimName.sgd}, "optim=adamw|lion|muon"),
+    ("optim.eps", "optim.name", {OptimName.adamw, OptimName.muon}, "optim=adamw|muon"),
+    ("optim.momentum", "optim.name", {OptimName.sgd, OptimName.muon}, "optim=sgd|muon"),
+    ("schedule.restarts", "schedule.name", {ScheduleName.cosine}, "schedule=cosine"),
+    (
+        "schedule.min_lr_ratio",
+        "schedule.name",
+        {ScheduleName.linear, ScheduleName.cosine, ScheduleName.plateau},
+        "schedule=linear|cosine|plateau",
+    ),
+    ("schedule.step_size", "schedule.name", {ScheduleName.step}, "schedule=step"),
+    ("schedule.unit", "schedule.name", {ScheduleName.step, ScheduleName.exponential}, "schedule=step|exponential"),
+    (
+        "schedule.gamma",
+        "schedule.name",
+        {ScheduleName.step, ScheduleName.exponential, ScheduleName.plateau},
+        "schedule=step|exponential|plateau",
+    ),
+    ("schedule.metric schedule.patience", "schedule.name", {ScheduleName.plateau}, "schedule=plateau"),
+    ("tracking.project tracking.entity tracking.tags", "tracking.wandb", {True}, "tracking=wandb"),
+)
+"""Knobs that only act where another setting has one of some values, and how to choose one of those."""
+
+
+def _idle(config: Config) -> Iterator[str]:
+    """A knob that was set and does nothing is a misunderstanding."""
+    default = Config()
+    for names, selector, values, choose in _ACTS_WITH:
+        chosen = attrgetter(selector)(config)
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if chosen not in values and value != attrgetter(name)(default):
+                yield (
+                    f"{name}={_text(value)} does nothing with {selector}={_text(chosen)}: choose {choose}, or leave "
+                    f"{name} out."
+                )
+    patience, delta = config.train.early_stopping_patience, config.train.early_stopping_min_delta
+    if delta and not patience:
+        yield (
+            f"train.early_stopping_min_delta={delta} does nothing with train.early_stopping_patience=0: set the "
+            "patience, or leave the other out."
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.source is Source.files and data.train is None:
+        yield "data.source=files without data.train: add data.train=FILE, or choose data=pydoc."
+    if data.validation is not None and data.validation_share not in (0, Config().data.validation_share):
+        yield (
+            f"data.validation={data.validation} and data.validation_share={data.validation_share} are two ways to "
+            "say the same: leave one of them out."
+        )
+
+
+def _tuning(config: Config) -> Iterator[str]:
+    tuning = config.tuning
+    if tuning.method is Method.freeze and not tuning.trainable and tuning.last_layers is None:
+        yield (
+            "tuning.method=freeze without tuning.last_layers or tuning.trainable would train nothing: add "
+            "tuning.last_layers=N or tuning.trainable=[REGULAR_EXPRESSION]."
+        )
+    if tuning.method is Method.lora and not tuning.target_modules:
+        yield "tuning.method=lora with tuning.target_modules=[] would train nothing: name modules, or [all-linear]."
+    for pattern in tuning.trainable:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"tuning.trainable has {pattern!r}, which is no regular expression: {error}."
+
+
+def _warmup(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[str]:
+    steps, ratio = schedule.warmup_steps, schedule.warmup_ratio
+    if steps and ratio:
+        yield (
+            f"schedule.warmup_steps={steps} and schedule.warmup_ratio={ratio} both set the warm-up: set one of them "
+            "to 0."
+        )
+    if train.max_steps is not None and steps > train.max_steps:
+        yield (
+            f"schedule.warmup_steps={steps} is longer than train.max_steps={train.max_steps}: the rate would never "
+            "reach its peak. Lower the first or raise the second."
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    """What waits for evaluations needs a validation set, and evaluations along the way."""
+    waiting = []
+    if config.schedule.name is ScheduleName.plateau:
+        waiting.append("schedule.name=plateau")
+    if config.train.early_stopping_patience:
+        waiting.append(f"train.early_stopping_patience={config.train.early_stopping_patience}")
+    for name in waiting:
+        if config.data.validation is None and config.data.validation_share == 0:
+            yield (
+                f"{name} watches an evaluation, and data.validation_share=0 without data.validation leaves nothing to "
+                "evaluate on: give one of the two."
+            )
+        if config.train.eval_every == 0:
+            yield f"{name} watches evaluations, and train.eval_every=0 has none along the way: raise it."
+
+
+def _metric_names(config: Config, names: list[str]) -> Iterator[str]:
+    for knob in ("train.best_metric", "schedule.metric"):
+        name = attrgetter(knob)(config)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+            yield f"{knob}={name} is no metric of an evaluation: {hint}"
+    metric, greater = config.train.best_metric, config.train.greater_is_better
+    if _GREATER_IS_BETTER.get(metric, greater) != greater:
+        yield (
+            f"train.best_metric={metric} with train.greater_is_better={_text(greater)} would keep the worst "
+            f"checkpoint: set train.greater_is_better={_text(not greater)}."
+        )
+
+
+def _zero(config: Config, ds: dict[str, Any]) -> Iterator[str]:
+    json, now = config.deepspeed.json, stage(ds)
+    if offloads_parameters(ds) and now != 3:
+        yield (
+            f"{json}: zero_optimization.offload_param needs zero_optimization.stage 3, not {now}: choose "
+            "deepspeed=zero3_offload, or remove the block."
+        )
+    if offloads_optimizer(ds) and now == 0:
+        yield (
+            f"{json}: zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3, not 0: choose "
+            "deepspeed=zero2_offload, or remove the block."
+        )
+    if config.optim.name is OptimName.muon and now == 3 and ds["zero_optimization"].get("reduce_scatter", True):
+        yield (
+            f"optim.name=muon needs whole gradients, and {json} scatters them (zero_optimization.reduce_scatter): "
+            'choose deepspeed=zero2, or a JSON with "reduce_scatter": false.'
+        )
+
+
+def _resume(train: TrainConfig) -> Iterator[str]:
+    if train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
+        yield (
+            f"train.resume={train.resume} is neither auto nor never, and there is no such checkpoint directory: "
+            "give one, such as runs/NAME/checkpoints/step-000020."
+        )
+
+
+def _batch(batch: BatchConfig, world_size: int) -> Iterator[str]:
+    try:
+        resolve_batch(batch, world_size)
+    except UserError as error:
+        yield str(error)
+
+
+def _text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return getattr(value, "name", None) or str(value)

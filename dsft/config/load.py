@@ -1,0 +1,225 @@
+"""From a command line or a file to a `Config`, and from there to text; the only place that knows OmegaConf.
+
+What a person can get wrong here is told in one or a few lines that name the setting and the nearest valid one,
+before any process group exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
+
+from dsft.config.schema import Config
+from dsft.errors import UserError
+
+_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_HOW_TO_GIVE = {
+    "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
+    "deepspeed.json": "deepspeed.json=FILE, or deepspeed=zero2",
+}
+
+
+def register() -> None:
+    """Let `conf/config.yaml` begin its defaults list with the schema."""
+    ConfigStore.instance().store("schema", node=Config)
+
+
+def split_launcher_args(argv: list[str]) -> list[str]:
+    """Arguments without the `--local_rank=N` or `--local-rank N` that launchers add and Hydra refuses."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return kept
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Show what a person can mend as a message alone, once per machine, and exit with code 2.
+
+    Anything else passes through with its traceback; with HYDRA_FULL_ERROR=1 everything does.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints by its own rules and exits
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None or _TRACEBACK:
+            raise
+        if next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The composed config as plain dataclasses; in a sweep, with the run directory that Hydra names for the job.
+
+    Raises:
+        UserError: For unknown keys (`+new.key=` too), wrong types, and required values that are missing.
+    """
+    config = _typed(composed)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--multirun runs its jobs one after the other in one process, so it cannot run under a launcher. "
+                "Start the sweep with `python launch/train.py -m ...`, or one launcher command per job."
+            )
+        config.run_dir = HydraConfig.get().runtime.output_dir
+    return config
+
+
+def load_yaml(path: str | Path) -> Config:
+    """Read back what `to_yaml` wrote, such as `run_dir/config.yaml`.
+
+    Raises:
+        UserError: If the file is missing, is not YAML or does not fit the schema; the message names it.
+    """
+    try:
+        return _typed(OmegaConf.create(Path(path).read_text(encoding="utf-8")))
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}.") from error
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML that `load_yaml` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def diff(old: Config, new: Config) -> list[str]:
+    """Lines such as `optim.lr: 0.0001 -> 0.001`, one per knob that differs."""
+    before, after = (_flat(OmegaConf.to_container(OmegaConf.structured(c), enum_to_str=True)) for c in (old, new))
+    return [f"{name}: {_text(before[name])} -> {_text(after[name])}" for name in after if before[name] != after[name]]
+
+
+def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every knob's dotted name and type, in the schema's order."""
+    hints, found = get_type_hints(section), {}
+    for field in fields(section):
+        hint, name = hints[field.name], prefix + field.name
+        found |= knobs(hint, name + ".") if is_dataclass(hint) else {name: hint}
+    return found
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the person who caused `error`, or None where it is no mistake of theirs."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _wrong_choice(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read the override {error.override!r}: {error.message.splitlines()[0]}. "
+            "Put a value with brackets, braces, commas or quotes in quotes of its own: key='\"value\"'."
+        )
+    if isinstance(cause, UnsupportedInterpolationType) or "Interpolation" in type(cause).__name__:
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}."
+    if isinstance(cause, ConfigKeyError | AttributeError) and getattr(cause, "full_key", None):
+        return _unknown(cause.full_key)
+    if isinstance(cause, ValidationError) and cause.full_key in knobs():
+        return _wrong_type(cause.full_key, str(cause))
+    if isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith("Config group override"):
+        return str(error) if cause is error or not str(cause) else f"{error}: {str(cause).splitlines()[0]}"
+    return None
+
+
+def _typed(loose: Any) -> Config:
+    """`loose` merged into the schema once more, for `+new.key=` gets past Hydra's own check."""
+    if not isinstance(loose, DictConfig):
+        raise UserError("a config is a mapping of names to values.")
+    unknown = [key for key in _flat(OmegaConf.to_container(loose)) if key not in knobs()]
+    if unknown:
+        raise UserError("\n".join(map(_unknown, unknown)))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(loose))
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise UserError("\n".join(f"{key} has no value: give {_HOW_TO_GIVE[key]}." for key in sorted(missing)))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted names; a section that is not a mapping keeps its name."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown(key: str) -> str:
+    """Name the nearest knob: the same last name in another section first, then by spelling."""
+    names = list(knobs())
+    section, dot, last = key.rpartition(".")
+    sections = dict.fromkeys(name.partition(".")[0] for name in names)
+    if key in sections:
+        return f"{key} is a group of settings, not a value: set {key}.NAME=VALUE, or choose a file of conf/{key}/."
+    siblings = [name for name in names if dot and name.startswith(f"{section}.")] or list(sections)
+    near = (
+        [name for name in names if name.rpartition(".")[2] == last]
+        or difflib.get_close_matches(key, siblings, n=1, cutoff=0.75 if dot else 0.6)
+        or difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    )
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(siblings)}."
+    return f"unknown setting {key}. {hint}"
+
+
+def _wrong_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    near = difflib.get_close_matches(choice, error.options, n=1, cutoff=0.4)
+    hint = f" Did you mean {group}={near[0]}?" if near else ""
+    return f"{group}={choice}: there is no such choice.{hint} The choices are {', '.join(sorted(error.options))}."
+
+
+def _wrong_type(key: str, detail: str) -> str:
+    """Say what a knob takes, and for an enum the nearest choice."""
+    hint = knobs()[key]
+    given = detail.split("'")[1] if "'" in detail else ""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        choices = [choice.name for choice in hint]
+        near = difflib.get_close_matches(given, choices, n=1, cutoff=0.4)
+        did = f" Did you mean {key}={near[0]}?" if near else ""
+        return f"{key}={given}: there is no such choice.{did} The choices are {', '.join(choices)}."
+    return f"{key} takes {_kind(hint)}. {detail.splitlines()[0].rstrip('.')}."
+
+
+def _kind(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) is list:
+        return f"a list [{_kind(get_args(hint)[0])}, ...]"
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if options:
+        return f"{_kind(options[0])} or null"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+
+
+def _text(value: Any) -> str:
+    """A value as YAML writes it, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).strip().removesuffix("\n...")

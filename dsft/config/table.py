@@ -1,0 +1,65 @@
+"""The README's table of settings, made from the schema: `python -m dsft.config.table`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from itertools import pairwise
+from typing import Any, get_type_hints
+
+import omegaconf
+
+from dsft.config import schema
+
+
+def markdown_table() -> str:
+    """Every knob with its default and its docstring, in the schema's order, a bold row before each section."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    hints = get_type_hints(schema.Config)
+    for field in fields(schema.Config):
+        if is_dataclass(hints[field.name]):
+            lines += [f"| **{field.name}** | | |", *_rows(hints[field.name], f"{field.name}.")]
+    lines += ["| **run** | | |", *_rows(schema.Config, "")]
+    return "\n".join(lines) + "\n"
+
+
+def docstrings(section: type) -> dict[str, str]:
+    """The string under each knob of a schema class, on one line; a knob without one is left out."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    return {
+        knob.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
+        for knob, text in pairwise(body)
+        if isinstance(knob, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _rows(section: type, prefix: str) -> list[str]:
+    hints, texts = get_type_hints(section), docstrings(section)
+    return [
+        f"| `{prefix}{field.name}` | {_default(field)} | {texts[field.name]}{_choices(hints[field.name])} |"
+        for field in fields(section)
+        if not is_dataclass(hints[field.name])
+    ]
+
+
+def _default(field: Any) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value == omegaconf.MISSING:
+        return "required"
+    if isinstance(value, Enum):
+        return f"`{value.name}`"
+    if value is None or isinstance(value, bool):
+        return f"`{'null' if value is None else str(value).lower()}`"
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
+
+
+def _choices(hint: Any) -> str:
+    if not (isinstance(hint, type) and issubclass(hint, Enum)):
+        return ""
+    return f" One of {', '.join(f'`{choice.name}`' for choice in hint)}."
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

@@ -1,0 +1,117 @@
+"""What became of the records: counts, lengths, supervised share and one example, to read before a run begins."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from dsft.types import Example
+
+if TYPE_CHECKING:
+    from dsft.data.dataset import TokenDataset
+
+BAD = "malformed (data.on_bad_record=skip)"
+TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
+UNSUPERVISED = "no supervised tokens"
+CUT_OFF = "no supervised tokens left after truncation to data.max_length"
+
+MAX_LISTED = 100
+"""Bad records that are listed; all are counted."""
+
+PERCENTILES = {"min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
+
+
+def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: int) -> dict[str, Any]:
+    """One split's part of `audit.json`; `read = kept + held out + dropped`.
+
+    Args:
+        source: What was read.
+        report: `read` (records), `dropped` (reason -> records) and `bad` (origin and problem of the first of them).
+        dataset: The split.
+        held_out: Records that were kept, but for the other split.
+    """
+    tokens, supervised = int(dataset.lengths.sum()), int(dataset.supervised_counts.sum())
+    # "lower" takes lengths that occur, so that no half tokens are shown
+    lengths = np.percentile(dataset.lengths, list(PERCENTILES.values()), method="lower")
+    return {
+        "source": source,
+        "records_read": report["read"],
+        "records_kept": len(dataset),
+        "records_held_out": held_out,
+        "records_dropped": report["dropped"],
+        "records_truncated": int(dataset.truncated.sum()),
+        "bad_records": [{"origin": origin, "problem": problem} for origin, problem in report["bad"]],
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "supervised_share": supervised / tokens,
+        "lengths": {name: int(length) for name, length in zip(PERCENTILES, lengths, strict=True)},
+    }
+
+
+def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """The example as text, cut where supervision begins or ends: (text, supervised) in order.
+
+    Tokens are decoded together, so that a character that several tokens share comes out whole.
+    """
+    spans, end, shown = [], 0, ""
+    for supervised, run in groupby(example.supervised.tolist()):
+        end += len(list(run))
+        text = tokenizer.decode(example.ids[:end].tolist(), clean_up_tokenization_spaces=False)
+        spans.append((text[len(shown) :], supervised))
+        shown = text
+    return spans
+
+
+def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
+    """Print the audit as a table and one example; its supervised part is green, or in ⟦brackets⟧ without colour."""
+    splits = {name: audit[name] for name in ("train", "validation") if audit.get(name)}
+    table = Table(title="Data", title_justify="left")
+    table.add_column("")
+    for name in splits:
+        table.add_column(name, justify="right", overflow="fold")
+    for label, cells in _rows(list(splits.values())):
+        table.add_row(label, *cells)
+    console.print(table)
+    for name, split in splits.items():
+        for bad in split["bad_records"][:3]:
+            console.print(Text(f"{name}: left out {bad['origin']}: {bad['problem']}"))
+    console.print(Panel(_coloured(example_spans(example, tokenizer), console), title="Example", title_align="left"))
+
+
+def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    reasons = sorted({reason for split in splits for reason in split["records_dropped"]})
+    dropped = {f"dropped: {r}": [f"{split['records_dropped'].get(r, 0):,}" for split in splits] for r in reasons}
+    counts = {
+        label: [f"{split[key]:,}" for split in splits]
+        for label, key in (
+            ("records read", "records_read"),
+            ("records kept", "records_kept"),
+            ("held out for validation", "records_held_out"),
+            ("truncated", "records_truncated"),
+            ("tokens", "tokens"),
+            ("supervised tokens", "supervised_tokens"),
+        )
+    }
+    rest = {
+        "supervised share": [f"{split['supervised_share']:.1%}" for split in splits],
+        f"length {', '.join(PERCENTILES)}": [" ".join(map(str, split["lengths"].values())) for split in splits],
+    }
+    return list({"source": [split["source"] for split in splits], **counts, **dropped, **rest}.items())
+
+
+def _coloured(spans: list[tuple[str, bool]], console: Console) -> Text:
+    text = Text()
+    in_colour = console.color_system is not None and not console.no_color
+    for piece, supervised in spans:
+        if supervised and not in_colour:
+            piece = f"⟦{piece}⟧"
+        text.append(piece, style="bold green" if supervised and in_colour else "")
+    text.append("\nsupervised: " + ("green" if in_colour else "in ⟦ ⟧"), style="dim")
+    return text

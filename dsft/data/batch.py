@@ -1,0 +1,34 @@
+"""Examples laid end to end into one flat batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsft.types import IGNORE_INDEX, Batch, Example
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Lay examples end to end; positions restart and labels are shifted within each, so none sees another.
+
+    An empty list gives the filler batch: one token without a target. Ranks under ZeRO must take the same number of
+    forward passes, and it makes up for the ones that a rank has no rows for.
+    """
+    if not examples:
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        return Batch(one, torch.full_like(one, IGNORE_INDEX), one, lengths=[1], supervised=0, examples=0)
+    ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
+    labels = np.full_like(ids, IGNORE_INDEX)
+    positions = np.empty_like(ids)
+    begin = 0
+    for example in examples:
+        end = begin + len(example.ids)
+        labels[begin : end - 1] = np.where(example.supervised[1:], example.ids[1:], IGNORE_INDEX)
+        positions[begin:end] = np.arange(end - begin)
+        begin = end
+    return Batch(
+        *(torch.from_numpy(array)[None] for array in (ids, labels, positions)),
+        lengths=[len(e.ids) for e in examples],
+        supervised=int((labels != IGNORE_INDEX).sum()),
+        examples=len(examples),
+    )

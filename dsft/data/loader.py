@@ -1,0 +1,145 @@
+"""From global step to this rank's micro-batches, with a cursor that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsft.data.batch import collate
+from dsft.data.pack import Planner, share
+from dsft.types import Batch, Example
+
+
+@dataclass
+class Step:
+    """What one optimizer step trains on.
+
+    Attributes:
+        batches: This rank's micro-batches, one per accumulation step.
+        tokens: Tokens over all ranks.
+        supervised: Supervised tokens over all ranks: what the loss is divided by.
+        epoch: Epoch the step belongs to.
+    """
+
+    batches: list[Batch]
+    tokens: int
+    supervised: int
+    epoch: int
+
+
+class Loader:
+    """Hands out optimizer steps in order.
+
+    Every rank holds the same plan and the same token counts, so the number of supervised tokens of a whole global
+    step is known to each of them without any communication.
+
+    Args:
+        dataset: Examples by number.
+        lengths: Tokens of each example.
+        supervised_counts: Supervised tokens of each example.
+        planner: The order.
+        rank: This rank.
+        world_size: How many ranks share a step.
+        micro_batch_size: Rows per micro-batch.
+        gradient_accumulation_steps: Micro-batches per rank and step.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[Example],
+        lengths: np.ndarray,
+        supervised_counts: np.ndarray,
+        planner: Planner,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+    ):
+        self._dataset = dataset
+        self._lengths = lengths
+        self._supervised = supervised_counts
+        self._planner = planner
+        self._rank = rank
+        self._world_size = world_size
+        self._micro = micro_batch_size
+        self._accumulation = gradient_accumulation_steps
+        self.epoch = 0
+        self.step_in_epoch = 0
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps without end, epoch after epoch. The cursor stands behind the step that was handed out last."""
+        while True:
+            if self.step_in_epoch == self._planner.steps(self.epoch):
+                self.epoch, self.step_in_epoch = self.epoch + 1, 0
+            step = self._load(self.epoch, self.step_in_epoch)
+            self.step_in_epoch += 1
+            yield step
+
+    def progress(self) -> float:
+        """Epochs done, counted in steps: 1.5 is half-way through the second."""
+        return self.epoch + self.step_in_epoch / self._planner.steps(self.epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor: where the next step will be taken from."""
+        return {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "global_batch_size": self._planner.global_batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a cursor.
+
+        Raises:
+            ValueError: The cursor counts steps of another global batch size and stands within an epoch.
+        """
+        size = self._planner.global_batch_size
+        if state["global_batch_size"] != size and state["step_in_epoch"]:
+            raise ValueError(
+                f"the checkpoint stands within an epoch of global batches of {state['global_batch_size']} rows, and "
+                f"this run has {size}; set batch.global_batch_size={state['global_batch_size']}"
+            )
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+
+    def _load(self, epoch: int, step: int) -> Step:
+        rows = self._planner.step_rows(epoch, step)
+        loads = [int(self._lengths[row].sum()) for row in rows]
+        bins = share(loads, self._world_size * self._accumulation, self._micro)
+        mine = bins[self._rank :: self._world_size]
+        everything = np.concatenate(rows)
+        return Step(
+            batches=[collate([self._dataset[int(i)] for row in bin_ for i in rows[row]]) for bin_ in mine],
+            tokens=sum(loads),
+            supervised=int(self._supervised[everything].sum()),
+            epoch=epoch,
+        )
+
+
+def evaluation_batches(
+    lengths: np.ndarray, rank: int, world_size: int, micro_batch_size: int | None, token_budget: int
+) -> list[list[int]]:
+    """This rank's share of the validation set: each example exactly once over all ranks.
+
+    Examples go from long to short and are dealt out in turn, so that ranks finish together. Every rank gets the same
+    number of batches, the last ones possibly empty: ZeRO-3 needs equally many forward passes.
+
+    Args:
+        lengths: Tokens of each example.
+        rank: This rank.
+        world_size: How many ranks share the work.
+        micro_batch_size: Examples per batch; None takes as many as the budget allows.
+        token_budget: Tokens of a batch where `micro_batch_size` is None.
+
+    Returns:
+        Example numbers of each batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, begin = [], 0
+    while begin < len(order):
+        size = micro_batch_size or max(1, token_budget // int(lengths[order[begin]]))
+        end = begin + size * world_size
+        batches.append(order[begin:end][rank::world_size].tolist())
+        begin = end
+    return batches

@@ -1,0 +1,157 @@
+"""Which examples share a row, and which rows make up a step: a pure function of lengths, seed and epoch.
+
+Ranks, accumulation and the device have no say here, which is what makes a run the same however it is split.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dsft.config.schema import Packing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All the rows of one epoch, in the order in which they are trained on.
+
+    Attributes:
+        examples: Example numbers of all rows, laid end to end, int64.
+        starts: Where each row begins in `examples`, and the end of the last one, int64, shape (rows + 1,).
+    """
+
+    examples: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, number: int) -> np.ndarray:
+        """Example numbers of one row."""
+        return self.examples[self.starts[number] : self.starts[number + 1]]
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Put items into bins: the longest first, each into the fullest bin that still has room.
+
+    Args:
+        lengths: Length of each item, none above `capacity`.
+        capacity: Room of a bin.
+
+    Returns:
+        Bins of item numbers. Ties go to the earlier item and the earlier bin, so the result is unique.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free, bin), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[item], -1))
+        if at < len(room):
+            free, chosen = room.pop(at)
+        else:
+            free, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        insort(room, (free - lengths[item], chosen))
+    return bins
+
+
+def plan_epoch(lengths: np.ndarray, packing: Packing, capacity: int, window: int, seed: int, epoch: int) -> Plan:
+    """Shuffle the examples of one epoch and put them into rows.
+
+    Args:
+        lengths: Tokens of each example, shape (examples,).
+        packing: `none` makes every example a row; `bfd` packs within windows of the shuffled order.
+        capacity: Tokens of a row.
+        window: Examples that are packed together.
+        seed: Seed of the run.
+        epoch: Number of the epoch; each has its own order.
+
+    Returns:
+        The plan; every example stands in exactly one row.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    if packing is Packing.none:
+        return Plan(order, np.arange(len(order) + 1))
+    rows: list[np.ndarray] = []
+    for begin in range(0, len(order), window):
+        part = order[begin : begin + window]
+        bins = best_fit_decreasing(lengths[part].tolist(), capacity)
+        # bins come out with long examples first: shuffle, or every window would begin with them
+        rows += [part[bins[number]] for number in random.permutation(len(bins))]
+    return Plan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+
+class Planner:
+    """The plans of all epochs of a run.
+
+    Args:
+        lengths: Tokens of each example.
+        packing: How rows are made.
+        capacity: Tokens of a row.
+        window: Examples that are packed together.
+        seed: Seed of the run.
+        global_batch_size: Rows per optimizer step.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, packing: Packing, capacity: int, window: int, seed: int, global_batch_size: int
+    ):
+        self.global_batch_size = global_batch_size
+        self._lengths, self._packing, self._capacity = lengths, packing, capacity
+        self.epoch = lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch)
+        )
+
+    def steps(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; the last one may be smaller than the others."""
+        return -(-self.epoch(epoch).rows // self.global_batch_size)
+
+    def total_steps(self, epochs: int | None, max_steps: int | None) -> int:
+        """Optimizer steps until the first of the two limits; packing makes epochs differ by a step or so."""
+        total, epoch = 0, 0
+        while (epochs is None or epoch < epochs) and (max_steps is None or total < max_steps):
+            total, epoch = total + self.steps(epoch), epoch + 1
+        return total if max_steps is None else min(total, max_steps)
+
+    def describe(self) -> dict[str, float | int | str]:
+        """The first epoch's packing, for the audit; `row_fill` is the share of a row of `max_length` that is used."""
+        rows = self.epoch(0).rows
+        return {
+            "packing": self._packing.value,
+            "examples": len(self._lengths),
+            "rows": rows,
+            "steps_per_epoch": self.steps(0),
+            "examples_per_row": len(self._lengths) / rows,
+            "row_fill": float(self._lengths.sum()) / (rows * self._capacity),
+        }
+
+    def step_rows(self, epoch: int, step: int) -> list[np.ndarray]:
+        """Rows of one global step, each an array of example numbers."""
+        plan = self.epoch(epoch)
+        begin = step * self.global_batch_size
+        return [plan.row(number) for number in range(begin, min(begin + self.global_batch_size, plan.rows))]
+
+
+def share(loads: list[int], bins: int, capacity: int) -> list[list[int]]:
+    """Share rows out so that no bin waits long for another: the heaviest first, each to the lightest bin with a place.
+
+    Args:
+        loads: Tokens of each row.
+        bins: Micro-batches of a global step: ranks x accumulation.
+        capacity: Rows of a full micro-batch.
+
+    Returns:
+        Row numbers of each bin, in rising order. Where there are fewer rows than bins some stay empty.
+    """
+    content: list[list[int]] = [[] for _ in range(bins)]
+    weight = [0] * bins
+    for row in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        chosen = min((b for b in range(bins) if len(content[b]) < capacity), key=lambda b: (weight[b], b))
+        content[chosen].append(row)
+        weight[chosen] += loads[row]
+    return [sorted(rows) for rows in content]

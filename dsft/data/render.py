@@ -1,0 +1,189 @@
+"""A conversation becomes token ids and a mask of the tokens that are learnt.
+
+Everything is decided on characters of the one rendered text, which is then tokenised once. So the ids are those that
+the model sees at inference, and no piece is ever tokenised out of its context.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dsft.config.schema import OnOverflow, TrainOn
+from dsft.data.sources import BadRecord
+from dsft.errors import UserError
+from dsft.types import Conversation, Example
+
+Span = tuple[int, int]  # characters, end exclusive
+
+CONTEXT = 40
+"""Characters shown on either side of the place where two renderings part."""
+
+
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train_on: TrainOn) -> Example:
+    """Token ids of a conversation, untruncated, and which of them are supervised.
+
+    A chat is rendered by the tokenizer's chat template. `assistant` supervises what the assistant writes in each of
+    its turns, the turn's end token included and the white space after that excluded; `last_assistant` only in the
+    last; `all` everything. A plain text is learnt as a whole, followed by the tokenizer's end-of-sequence token.
+
+    Raises:
+        BadRecord: The template refuses the conversation.
+        UserError: There is no chat template, or it has no `{% generation %}` marks and does not write a conversation's
+            beginning in the same way once the conversation goes on.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer is a slow one, without offsets of its tokens; a model with a fast one is needed")
+    if conversation.text is not None:
+        return _plain(conversation.text, tokenizer)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{conversation.origin}: the record is a chat, but the tokenizer has no chat template; give one with "
+            "model.chat_template=FILE, take an instruction-tuned model, or give records with a `text` field"
+        )
+    text, spans = _supervised_text(conversation, tokenizer, train_on)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return _example(encoding["input_ids"], _overlap(encoding["offset_mapping"], spans))
+
+
+def fit(example: Example, max_length: int, on_overflow: OnOverflow, origin: str = "") -> Example | None:
+    """The example in at most `max_length` tokens: itself, its beginning, or None if it is to be dropped.
+
+    Raises:
+        UserError: It is longer, and `on_overflow` is `error`.
+    """
+    tokens = len(example.ids)
+    if tokens <= max_length:
+        return example
+    if on_overflow is OnOverflow.error:
+        raise UserError(
+            f"{origin}: {tokens} tokens, but data.max_length is {max_length}; raise it, or choose "
+            "data.on_overflow=truncate or drop"
+        )
+    if on_overflow is OnOverflow.drop:
+        return None
+    return Example(example.ids[:max_length], example.supervised[:max_length], truncated=True)
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> Example:
+    ids = list(tokenizer(text)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return _example(ids, np.ones(len(ids), dtype=bool))
+
+
+def _example(ids: list[int], supervised: np.ndarray) -> Example:
+    supervised[:1] = False
+    return Example(np.asarray(ids, dtype=np.int32), supervised)
+
+
+def _supervised_text(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train_on: TrainOn
+) -> tuple[str, list[Span]]:
+    text, marks = _rendered(conversation, tokenizer, len(conversation.messages))
+    if train_on is TrainOn.all:
+        return text, [(0, len(text))]
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    last = turns[-1]
+    if train_on is TrainOn.last_assistant:
+        turns = [last]
+    if not _has_marks(tokenizer.get_chat_template(None, conversation.tools)):
+        spans = [_turn_span(conversation, tokenizer, text, turn) for turn in turns]
+        return text, [_close(text, span, _specials(tokenizer), "") for span in spans]
+    end = _end_token(*_rendered(conversation, tokenizer, last + 1), tokenizer)
+    if train_on is TrainOn.last_assistant:
+        marks = marks[len(_rendered(conversation, tokenizer, last)[1]) :]
+    return text, [_close(text, span, _specials(tokenizer), end) for span in marks]
+
+
+def _has_marks(template: str) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _rendered(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, turns: int, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    """The first `turns` turns as text, and the spans of `{% generation %}` blocks, where the template has any."""
+    template = tokenizer.get_chat_template(None, conversation.tools)
+    marks = _has_marks(template)
+    try:
+        texts, spans = render_jinja_template(
+            [conversation.messages[:turns]],
+            tools=conversation.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise BadRecord(conversation.origin, f"the chat template refuses the conversation: {error}") from error
+    return texts[0], spans[0] if marks else []
+
+
+def _turn_span(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, text: str, turn: int) -> Span:
+    """Where in `text` the assistant writes: after the prompt for its turn, up to where the conversation so far ends."""
+    before, _ = _rendered(conversation, tokenizer, turn, prompt=True)
+    so_far, _ = _rendered(conversation, tokenizer, turn + 1)
+    for part, piece in ((f"before turn {turn + 1}", before), (f"up to turn {turn + 1}", so_far)):
+        if not text.startswith(piece):
+            raise UserError(_where_they_part(conversation, part, piece, text, turn))
+    return len(before), len(so_far)
+
+
+def _where_they_part(conversation: Conversation, part: str, piece: str, text: str, turn: int) -> str:
+    parting = (i for i, (left, right) in enumerate(zip(piece, text, strict=False)) if left != right)
+    at = next(parting, min(len(piece), len(text)))
+    around = slice(max(0, at - CONTEXT), at + CONTEXT)
+    last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+    mend = "data.train_on=last_assistant, or " if turn != last else ""
+    return (
+        f"{conversation.origin}: the chat template writes the conversation {part} differently when it goes on, so "
+        f"the assistant's tokens cannot be found. They part at character {at}:\n"
+        f"  {part + ':':<20}{piece[around]!r}\n"
+        f"  {'whole conversation:':<20}{text[around]!r}\n"
+        f"Choose {mend}a template with {{% generation %}} marks by model.chat_template=FILE."
+    )
+
+
+def _end_token(text: str, marks: list[Span], tokenizer: PreTrainedTokenizerFast) -> str:
+    """The special token that follows the last mark of a conversation that ends there; "" if none does."""
+    tail = text[marks[-1][1] :] if marks else ""
+    return max((special for special in _specials(tokenizer) if tail.startswith(special)), key=len, default="")
+
+
+def _close(text: str, span: Span, specials: tuple[str, ...], end: str) -> Span:
+    """The span from its first character to the end token of the turn, and no further."""
+    body = text[slice(*span)].rstrip()
+    if body.endswith(specials):
+        return span[0], span[0] + len(body)
+    return (span[0], span[1] + len(end)) if text.startswith(end, span[1]) else span
+
+
+def _specials(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    return _specials_of_size(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _specials_of_size(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[str, ...]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added} - {""}))
+
+
+def _overlap(offsets: list[Span], spans: list[Span]) -> np.ndarray:
+    """Which tokens hold a character of one of the spans; bool, shape (tokens,).
+
+    Byte-level tokenizers give each token of a split character the whole character, and may leave leading spaces out
+    of a token's offsets: a token of spaces alone is then empty, and begins where the one before it ends.
+    """
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    reached = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+    starts = np.where(starts == ends, np.minimum(starts, reached), starts)
+    supervised = np.zeros(len(ends), dtype=bool)
+    for start, end in spans:
+        supervised |= (starts < end) & (ends > start)
+    return supervised

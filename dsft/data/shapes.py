@@ -1,0 +1,172 @@
+"""The shapes that records come in, recognised by their field names and made into one: `Conversation`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from dsft.data.sources import BadRecord, Fields
+from dsft.types import Conversation
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Role as written -> role that chat templates know."""
+
+
+def to_conversation(fields: Fields, origin: str) -> Conversation:
+    """The conversation that a record holds, whatever its shape.
+
+    Args:
+        fields: The record. Its shape is the first of SHAPES whose fields it has; other fields are ignored, except
+            `tools` and, where the shape has no system turn of its own, `system`.
+        origin: Where the record came from.
+
+    Raises:
+        BadRecord: A field is missing, empty, of the wrong type or holds an unknown role; or the turns cannot be
+            trained on. The message names the field.
+    """
+    names = next((names for names in SHAPES if all(fields.get(name) is not None for name in names)), None)
+    if names is None:
+        raise BadRecord(origin, _unknown_shape(fields))
+    try:
+        if names == ("text",):
+            return Conversation(text=_text(fields["text"], "text", empty=False), origin=origin)
+        messages = SHAPES[names](fields)
+        if fields.get("system") and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": _text(fields["system"], "system")})
+        _check_turns(messages, "+".join(names))
+        return Conversation(messages=messages, tools=_tools(fields.get("tools")), origin=origin)
+    except ValueError as error:
+        raise BadRecord(origin, str(error)) from error
+
+
+def _unknown_shape(fields: Fields) -> str:
+    for names in SHAPES:
+        missing = [name for name in names if fields.get(name) is None]
+        if len(missing) < len(names):
+            return f"field `{missing[0]}` is missing beside `{next(n for n in names if n not in missing)}`"
+    known = ", ".join("+".join(names) for names in SHAPES)
+    return f"fields {', '.join(map(str, fields)) or '(none)'} are none of the known shapes: {known}"
+
+
+def _messages(field: str) -> Callable[[Fields], list[Message]]:
+    return lambda fields: _turns(fields[field], field)
+
+
+def _prompt_completion(fields: Fields) -> list[Message]:
+    return _side(fields["prompt"], "prompt", "user") + _side(fields["completion"], "completion", "assistant")
+
+
+def _side(value: Any, field: str, role: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value, field, empty=False)}]
+    return _turns(value, field)
+
+
+def _instruction(fields: Fields) -> list[Message]:
+    messages: list[Message] = []
+    for number, pair in enumerate(fields.get("history") or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"field `history[{number}]` is not a [question, answer] pair")
+        question, answer = (_text(side, f"history[{number}]") for side in pair)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    parts = [_text(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
+    messages.append({"role": "user", "content": _text("\n\n".join(parts), "instruction", empty=False)})
+    messages.append({"role": "assistant", "content": _text(fields["output"], "output", empty=False)})
+    return messages
+
+
+def _turns(value: Any, field: str) -> list[Message]:
+    """Messages as role/content or from/value, or a JSON string of these, as CSV holds them."""
+    turns = _from_json(value, field)
+    if not isinstance(turns, list):
+        raise ValueError(f"field `{field}` is a list of messages, but this is {type(turns).__name__}")
+    return [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, field: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"field `{field}` is not an object with role and content")
+    role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
+    role = turn.get(role_key)
+    if role is None:
+        raise ValueError(f"field `{field}.role` is missing")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ValueError(f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join(ROLES)}")
+    content = turn.get(content_key)
+    if content is None and not turn.get("tool_calls"):
+        raise ValueError(f"field `{field}.{content_key}` is missing")
+    others = {key: item for key, item in turn.items() if key not in (role_key, content_key) and item is not None}
+    content = "" if content is None else _content(content, f"{field}.{content_key}")
+    return {"role": ROLES[role.lower()], "content": content, **others}
+
+
+def _content(value: Any, field: str) -> str:
+    """Text, or a list of text parts laid end to end."""
+    if not isinstance(value, list):
+        return _text(value, field)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError(f"field `{field}` holds a part that is not text")
+    return "".join(_text(part.get("text"), field) for part in value)
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    tools = _from_json(value, "tools") if value else None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("field `tools` is a list of objects")
+    return tools or None
+
+
+def _from_json(value: Any, field: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"field `{field}` is a string, but not JSON: {error}") from error
+
+
+def _text(value: Any, field: str, empty: bool = True) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"field `{field}` is text, but this is {type(value).__name__}")
+    if not empty and not value.strip():
+        raise ValueError(f"field `{field}` is empty")
+    return value
+
+
+def _check_turns(messages: list[Message], field: str) -> None:
+    turns = [message for message in messages if message["role"] not in ("system", "developer")]
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError(f"field `{field}` has no assistant turn to learn from")
+    if turns[0]["role"] != "user":
+        raise ValueError(f"field `{field}`: the first turn is the {turns[0]['role']}'s, but the user's is expected")
+    for number, message in enumerate(messages):
+        needs_content = message["role"] in ("user", "assistant") and not message.get("tool_calls")
+        if needs_content and not message["content"].strip():
+            raise ValueError(f"field `{field}`: turn {number + 1}, the {message['role']}'s, is empty")
+
+
+SHAPES: dict[tuple[str, ...], Callable[[Fields], list[Message]]] = {
+    ("messages",): _messages("messages"),
+    ("conversations",): _messages("conversations"),
+    ("prompt", "completion"): _prompt_completion,
+    ("instruction", "output"): _instruction,
+    ("text",): lambda fields: [],
+}
+"""Fields that a shape needs -> what makes messages of them; the first that fits is taken."""

@@ -1,0 +1,188 @@
+"""The one wrapper of a DeepSpeed engine.
+
+It owns what DeepSpeed is particular about: building a model under ZeRO-3, scaling a loss so that its gradient is
+exact in every stage, the gradient norm and skipped steps of each optimizer class, gathering partitioned weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from dsft.config.schema import OptimConfig
+from dsft.config.zero import offloads_optimizer, stage
+from dsft.errors import UserError
+from dsft.metrics import Tally
+from dsft.optim import apply, build, parameter_groups
+from dsft.runtime.world import World
+from dsft.types import Batch
+
+DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
+    "FusedAdam": lambda: deepspeed.ops.adam.FusedAdam,
+    "DeepSpeedCPUAdam": lambda: deepspeed.ops.adam.DeepSpeedCPUAdam,
+    "FusedLion": lambda: deepspeed.ops.lion.FusedLion,
+    "DeepSpeedCPULion": lambda: deepspeed.ops.lion.DeepSpeedCPULion,
+    "MuonWithAuxAdam": lambda: _muon(),
+}
+"""Optimizers of DeepSpeed by name; looked up on use, since some compile when they are imported."""
+
+
+def _muon() -> type:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam
+
+
+@contextmanager
+def building(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it transformers builds models the way this DeepSpeed config needs: partitioned at once under ZeRO-3."""
+    # transformers holds only a weak reference: the name keeps it alive
+    alive = HfDeepSpeedConfig(ds_config) if stage(ds_config) == 3 else None
+    try:
+        yield
+    finally:
+        del alive
+
+
+class Engine:
+    """Trains one module with DeepSpeed.
+
+    Args:
+        module: Takes a Batch and returns (summed loss, Tally), like `tasks.causal_lm.CausalLM`.
+        ds_config: What `ds_config.build` returned.
+        optim: The optimizer's section of the config.
+        world: The ranks.
+    """
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, world: World):
+        logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSFT_DEEPSPEED_LOG", "WARNING"))
+        self.world = world
+        self.stage = stage(ds_config)
+        self._clip = optim.max_grad_norm
+        # the object is kept: under ZeRO-3, generation asks transformers whether ranks must stay in step
+        self._hf_config = HfDeepSpeedConfig(ds_config) if self.stage == 3 else None
+        self._plain = self.stage == 0 and not ds_config["fp16"]["enabled"] and not ds_config["bf16"]["enabled"]
+        self._half_stage_0 = self.stage == 0 and ds_config["fp16"]["enabled"]
+        optimizer = build(
+            parameter_groups(module, optim),
+            optim,
+            offload=offloads_optimizer(ds_config),
+            deepspeed_classes=DEEPSPEED_CLASSES,
+        )
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        self.skipped_steps = 0
+        self.grad_norm = math.nan
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained."""
+        return self._engine.module
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The current fp16 loss scale, or None."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
+
+    def train_step(self, batches: list[Batch], supervised: int, lr_multiplier: float) -> tuple[Tally, bool]:
+        """One optimizer step.
+
+        The gradient is that of (sum of losses over all ranks and micro-batches) / `supervised`: DeepSpeed averages
+        over ranks, so each summed loss is multiplied by the number of ranks, and nothing else is averaged.
+
+        Args:
+            batches: This rank's micro-batches; as many as `gradient_accumulation_steps`.
+            supervised: Supervised tokens of the whole global step.
+            lr_multiplier: Factor on every group's peak learning rate.
+
+        Returns:
+            The summed Tally of this rank, and whether weights were updated (False: overflow or NaN, step skipped).
+        """
+        self._engine.train()
+        apply(self._optimizer.param_groups, lr_multiplier)
+        tally = Tally()
+        for batch in batches:
+            loss, part = self._engine(batch.to(self.world.device))
+            tally.add(part)
+            self._engine.backward((loss * (self.world.size / supervised)).float(), scale_wrt_gas=False)
+            if batch is batches[-1]:
+                applied = self._update()
+            else:
+                self._engine.step()
+        return tally, applied
+
+    def _update(self) -> bool:
+        """Take the optimizer step; note the gradient's norm, and whether the step was skipped."""
+        if self._plain:
+            applied = self._update_plain()
+        else:
+            # an fp16 optimizer without ZeRO forgets to take the loss scale out of the norm
+            scale = self.loss_scale if self._half_stage_0 else 1.0
+            self._engine.step()
+            self.grad_norm = float(self._engine.get_global_grad_norm()) / scale
+            applied = self._engine.was_step_applied()
+        self.skipped_steps += not applied
+        return applied
+
+    def _update_plain(self) -> bool:
+        """fp32 without ZeRO: DeepSpeed neither tells the norm nor skips a step whose gradient is not finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self.grad_norm = float(nn.utils.get_total_norm(gradients))
+        finite = math.isfinite(self.grad_norm)
+        if not finite:
+            # a step with rate and decay 0 would still spoil the moments: let it find no gradient at all
+            self._engine.zero_grad()
+        self._engine.step()
+        return finite
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tally:
+        """The Tally of a batch, without dropout, noise or gradient. Every rank must call it equally often."""
+        self._engine.eval()
+        return self._engine(batch.to(self.world.device))[1]
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode without gradients, for generation and probes on all ranks alike."""
+        self._engine.eval()
+        with torch.no_grad():
+            yield self.module
+
+    def gathered(self, parameters: list[nn.Parameter]):
+        """A context in which these parameters are whole on every rank."""
+        if self.stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters)
+
+    def save(self, directory: str, tag: str, frozen: bool) -> None:
+        """Write weights and optimizer state of every rank into `directory/tag`; all ranks call it.
+
+        Args:
+            directory: Parent directory.
+            tag: Name of the subdirectory.
+            frozen: Whether weights that are not trained are written too.
+        """
+        self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=not frozen)
+
+    def load(self, directory: str, tag: str, frozen: bool) -> None:
+        """Read back what `save` wrote, into a fresh engine of the same stage and world size.
+
+        Raises:
+            UserError: DeepSpeed found nothing that it could load.
+        """
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=frozen or self.stage == 3)
+        # the config of today counts, not the learning rate that was saved
+        for group, settings in zip(self._optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+        if path is None:
+            raise UserError(f"DeepSpeed could not load the checkpoint {directory}/{tag}")
+        self.skipped_steps = self._engine.skipped_steps

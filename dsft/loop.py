@@ -1,0 +1,302 @@
+"""When things happen: step, log, evaluate, save, stop. The same loop for every task and every way of splitting it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsft import checkpoint
+from dsft.config.schema import TrainConfig
+from dsft.data.loader import Loader, Step
+from dsft.engine import Engine
+from dsft.errors import UserError
+from dsft.evaluate import Evaluator
+from dsft.metrics import Tally
+from dsft.optim import Schedule
+from dsft.runtime.signals import StopRequest
+from dsft.runtime.world import World, peak_memory
+
+
+@dataclass
+class Counters:
+    """How far a run has come: everything in it is saved with a checkpoint.
+
+    Attributes:
+        step: Optimizer steps done, skipped ones included.
+        tokens: Tokens trained on.
+        supervised_tokens: Supervised tokens trained on.
+        skipped_steps: Steps skipped because of overflow or NaN.
+        skipped_in_row: Of these, how many just now, one after the other.
+        best: Best value of `train.best_metric`, or None.
+        best_step: Step at which it was seen.
+        patience_best: The value that early stopping measures improvement from, or None.
+        evaluations_without_improvement: For early stopping.
+        finished: Why the run is over, or None.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    patience_best: float | None = None
+    evaluations_without_improvement: int = 0
+    finished: str | None = None
+
+
+@dataclass
+class Interval:
+    """This rank's sums since the last row of training metrics; saved with a checkpoint that falls between two rows."""
+
+    tally: Tally = field(default_factory=Tally)
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def add(self, tally: Tally, seconds: float, tokens: int) -> None:
+        """Add one step."""
+        self.tally.add(tally)
+        self.seconds += seconds
+        self.tokens += tokens
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        sums = {name: float(value) for name, value in self.tally.sums.items()}
+        return {"sums": sums, "seconds": self.seconds, "tokens": self.tokens, "steps": self.steps}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> Interval:
+        """The interval that `state_dict` described."""
+        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state["sums"].items()}
+        return cls(Tally(sums), state["seconds"], state["tokens"], state["steps"])
+
+
+class Loop:
+    """Trains until the last step, a stop request, or the early stop.
+
+    Args:
+        engine: Takes steps.
+        loader: Hands out steps.
+        evaluator: Evaluates, or None where there is no validation set.
+        schedule: The learning rate's multiplier.
+        tracker: Where metrics go.
+        world: The ranks.
+        stop: Raised by a signal.
+        train: The run's own section of the config.
+        total_steps: When the run is over.
+        peak_lr: The largest peak learning rate of all parameter groups.
+        run_dir: The run's directory.
+        save_frozen: Whether checkpoints hold weights that are not trained.
+        extra_state: Further values to save with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        loader: Loader,
+        evaluator: Evaluator | None,
+        schedule: Schedule,
+        tracker,
+        world: World,
+        stop: StopRequest,
+        train: TrainConfig,
+        total_steps: int,
+        peak_lr: float,
+        run_dir: Path,
+        save_frozen: bool,
+        extra_state: Callable[[], dict[str, Any]],
+    ):
+        self.engine = engine
+        self.loader = loader
+        self.evaluator = evaluator
+        self.schedule = schedule
+        self.tracker = tracker
+        self.world = world
+        self.stop = stop
+        self.train = train
+        self.total_steps = total_steps
+        self.peak_lr = peak_lr
+        self.run_dir = run_dir
+        self.save_frozen = save_frozen
+        self.extra_state = extra_state
+        self.counters = Counters()
+        self._saved_step: int | None = None
+        self._evaluated_step: int | None = None
+        self._interval = Interval()
+
+    def run(self) -> str | None:
+        """Go on from where the counters stand.
+
+        Returns:
+            The name of the signal that stopped the run, or None when it is finished.
+        """
+        if self.counters.step == 0:
+            self.evaluate()
+            self.sample()
+        if self.counters.step < self.total_steps and self.counters.finished == "steps":
+            self.counters.finished = None  # the run was made longer
+        steps = iter(self.loader)
+        while self.counters.step < self.total_steps and not self.counters.finished:
+            signal = self.one_step(next(steps))
+            improved = self._due(self.train.eval_every) and self.evaluate()
+            if improved or self._due(self.train.save_every) or signal:
+                self.save()
+            if signal:
+                return signal
+        self.finish()
+        return None
+
+    def one_step(self, step: Step) -> str | None:
+        """Take one optimizer step, and log it where one is due. Returns a stop signal that any rank has received."""
+        begun = time.perf_counter()
+        multiplier = self.schedule.multiplier
+        tally, applied = self.engine.train_step(step.batches, step.supervised, multiplier)
+        if applied:
+            self.schedule.step()
+        self._interval.add(tally, time.perf_counter() - begun, step.tokens)
+        self._count(step, applied)
+        log = self._due(self.train.log_every) or self.counters.step == self.total_steps
+        ranks = self.world.gather([float(self.stop.received is not None), *(self._numbers() if log else [])])
+        if log:
+            self.tracker.write(self._row(ranks, multiplier))
+            self._interval = Interval()
+        self._refuse_endless_skipping()
+        return (self.stop.received or "a signal to another rank") if any(row[0] for row in ranks) else None
+
+    def evaluate(self) -> bool:
+        """Evaluate, remember the best, and ask for a stop when patience is over. True if this is the new best."""
+        if self.evaluator is None:
+            return False
+        metrics = self.evaluator.metrics(self.engine, self.tracker.bar)
+        self.tracker.write({"step": self.counters.step, **metrics})
+        self._evaluated_step = self.counters.step
+        if self.counters.step == 0:
+            return False
+        self.schedule.evaluated(metrics)
+        return self._judge(metrics)
+
+    def sample(self) -> None:
+        """Generate sample answers and hand them to the tracker."""
+        if self.evaluator is not None and self.train.samples:
+            self.tracker.samples(self.counters.step, self.evaluator.answers(self.engine))
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step, once, and thin out the old ones."""
+        if self._saved_step == self.counters.step:
+            return
+        state = {
+            **asdict(self.counters),
+            "loader": self.loader.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "intervals": self.world.gather_objects(self._interval.state_dict()),
+            **self.extra_state(),
+        }
+        path = checkpoint.save(self.run_dir, self.counters.step, self.engine, self.world, state, self.save_frozen)
+        self._saved_step = self.counters.step
+        if self.world.is_main:
+            checkpoint.retain(self.run_dir, self.train.keep_last, self.counters.best_step)
+        self.tracker.note(f"saved {path}")
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Go back to a checkpoint; returns what was saved with it."""
+        state = checkpoint.load(path, self.engine, self.world)
+        self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})
+        self.loader.load_state_dict(state["loader"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._interval = Interval.of(state["intervals"][self.world.rank], self.world.device)
+        self._saved_step = self._evaluated_step = self.counters.step
+        return state
+
+    def finish(self) -> None:
+        """The end of a run: a last evaluation, a last checkpoint, sample answers."""
+        if not self.counters.finished:
+            self.counters.finished = "steps"
+            if self._evaluated_step != self.counters.step:
+                self.evaluate()
+                self.counters.finished = "steps"
+        self.save()
+        self.sample()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.counters.step % every == 0
+
+    def _count(self, step: Step, applied: bool) -> None:
+        counters = self.counters
+        counters.step += 1
+        counters.tokens += step.tokens
+        counters.supervised_tokens += step.supervised
+        counters.skipped_steps += not applied
+        counters.skipped_in_row = 0 if applied else counters.skipped_in_row + 1
+
+    def _numbers(self) -> list[float]:
+        """This rank's part of a row of training metrics."""
+        sums = self._interval.tally.sums
+        seconds = self._interval.seconds / self._interval.steps
+        return [float(sums["nll"]), float(sums["supervised"]), seconds, float(peak_memory(self.world.device))]
+
+    def _row(self, ranks: list[list[float]], multiplier: float) -> dict[str, Any]:
+        """A row of training metrics from every rank's numbers."""
+        _, nll, supervised, seconds, memory = zip(*ranks)
+        row = {
+            "step": self.counters.step,
+            "train/loss": sum(nll) / sum(supervised),
+            "train/grad_norm": self.engine.grad_norm,
+            "train/lr": self.peak_lr * multiplier,
+            "train/epoch": self.loader.progress(),
+            "train/tokens": self.counters.tokens,
+            "train/supervised_tokens": self.counters.supervised_tokens,
+            "train/skipped_steps": self.counters.skipped_steps,
+            "time/step_seconds_min": min(seconds),
+            "time/step_seconds": sum(seconds) / len(seconds),
+            "time/step_seconds_max": max(seconds),
+            "time/tokens_per_second": self._interval.tokens / (max(seconds) * self._interval.steps),
+            "memory/peak_bytes": int(max(memory)),
+        }
+        if self.engine.loss_scale is not None:
+            row["train/loss_scale"] = self.engine.loss_scale
+        return row
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Compare with the best evaluation so far; returns whether this one is better."""
+        counters, train = self.counters, self.train
+        value = metrics[train.best_metric]
+        sign = 1 if train.greater_is_better else -1
+        better = counters.best is None or sign * (value - counters.best) > 0
+        if better:
+            counters.best, counters.best_step = value, counters.step
+        reference = counters.patience_best
+        if reference is None or sign * (value - reference) > train.early_stopping_min_delta:
+            counters.patience_best, counters.evaluations_without_improvement = value, 0
+        else:
+            counters.evaluations_without_improvement += 1
+        patience = train.early_stopping_patience
+        if patience and counters.evaluations_without_improvement >= patience:
+            counters.finished = "early stop"
+            self.tracker.note(
+                f"early stop: {train.best_metric} has not improved by more than {train.early_stopping_min_delta} in "
+                f"{patience} evaluations; the best was {counters.best:.6g} at step {counters.best_step}"
+            )
+        return better
+
+    def _refuse_endless_skipping(self) -> None:
+        limit = self.train.max_skipped_steps
+        if limit and self.counters.skipped_in_row >= limit:
+            scale = self.engine.loss_scale
+            cause = (
+                f"the fp16 loss scale has fallen to {scale:g}: gradients overflow; use precision=bf16 or a lower optim.lr"
+                if scale is not None
+                else "loss or gradient is not finite: lower optim.lr, set optim.max_grad_norm, or look for broken records"
+            )
+            raise UserError(
+                f"{limit} steps in a row were skipped, the last one step {self.counters.step} "
+                f"(train.max_skipped_steps={limit}); {cause}. The last checkpoint is untouched."
+            )

@@ -1,0 +1,175 @@
+"""Attention that keeps the documents of a flat row apart, with no padding and no mask tensor.
+
+Documents lie end to end in a row of shape (1, heads, tokens, head_dim). The kernel is told where each begins:
+variable-length kernels on CUDA (flash-attn, or torch's own), a loop over documents elsewhere. Transformers models
+use it under the attention name NAME, so no model is touched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dsft.config.schema import Attention
+from dsft.errors import UserError
+
+NAME = "dsft"
+"""The `attn_implementation` under which transformers finds this module."""
+
+KNOWN_ARGUMENTS = {"documents", "is_causal", "position_ids", "use_cache", "sliding_window", "cache_position"}
+
+
+@dataclass
+class Documents:
+    """Where the documents of a flat row lie, handed to the model as the keyword argument `documents`.
+
+    Attributes:
+        lengths: Tokens of each document.
+        cu_seqlens: int32, shape (documents + 1,): cumulative lengths, on the device.
+        kernel: Which kernel attends.
+        visits: How many attention layers have used it; 0 after a forward pass means that the model's code does not
+            hand keyword arguments down, and documents would have seen each other.
+    """
+
+    lengths: list[int]
+    cu_seqlens: torch.Tensor
+    kernel: Attention
+    visits: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device, kernel: Attention) -> Documents:
+        """Documents of these lengths, on `device`."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(lengths, ends.to(device, non_blocking=True), kernel)
+
+
+def choose_kernel(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The kernel to use on `device` for `dtype`.
+
+    Raises:
+        UserError: `wanted` cannot run there.
+    """
+    half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    works = {
+        Attention.flash: half_on_cuda and importlib.util.find_spec("flash_attn") is not None,
+        Attention.torch_varlen: half_on_cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        Attention.per_document: True,
+    }
+    if wanted is Attention.auto:
+        return next(kernel for kernel, runs in works.items() if runs)
+    if not works[wanted]:
+        raise UserError(
+            f"model.attention={wanted.value} needs a CUDA device, precision bf16 or fp16, and its package; here the "
+            f"device is {device.type} and the type {str(dtype).removeprefix('torch.')}. Use model.attention=auto."
+        )
+    return wanted
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    documents: Documents | None = None,
+    sliding_window: int | None = None,
+    **rest,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document, in the signature that transformers calls.
+
+    Args:
+        module: The attention layer.
+        query: (1, heads, tokens, head_dim).
+        key: (1, key_value_heads, tokens, head_dim).
+        value: The same shape as `key`.
+        attention_mask: Used only without `documents` (generation).
+        scaling: Factor of the scores; None is 1 / sqrt(head_dim).
+        dropout: Dropout on the attention weights.
+        documents: Where the documents lie; None hands over to transformers' own SDPA.
+        sliding_window: How many tokens back a token sees, itself included; None for all.
+        rest: What else a model may hand over; anything that would change the result is refused.
+
+    Returns:
+        Output of shape (1, tokens, heads, head_dim), and None for the weights.
+
+    Raises:
+        UserError: The model asks for an attention variant that is not implemented here.
+    """
+    if documents is None:
+        if module.training:
+            raise UserError(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
+    changing = {k for k, v in rest.items() if v is not None and k not in KNOWN_ARGUMENTS}
+    if unsupported := changing & {"softcap", "s_aux", "sinks"} | ({"dropout"} if dropout else set()):
+        raise UserError(f"attention with {', '.join(sorted(unsupported))} is not supported by {type(module).__name__}")
+    documents.visits += 1
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if documents.kernel is Attention.per_document:
+        return _per_document(query, key, value, documents.lengths, scale, sliding_window), None
+    return _variable_length(query, key, value, documents, scale, sliding_window), None
+
+
+def _per_document(query, key, value, lengths, scale, window) -> torch.Tensor:
+    """Attention by a loop over documents; shapes as in `attention`."""
+    pieces = zip(*(t[0].split(lengths, dim=1) for t in (query, key, value)))
+    return torch.cat([_one_document(q, k, v, scale, window) for q, k, v in pieces]).unsqueeze(0)
+
+
+def _one_document(query, key, value, scale, window) -> torch.Tensor:
+    """One document by torch's fused kernel: (heads, tokens, head_dim) in, (tokens, heads, head_dim) out."""
+    tokens = query.shape[1]
+    banded = window is not None and tokens > window
+    output = F.scaled_dot_product_attention(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        attn_mask=_visible(tokens, window, query.device) if banded else None,
+        is_causal=not banded,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return output[0].transpose(0, 1)
+
+
+def _visible(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """True where the row's token sees the column's, bool, (tokens, tokens)."""
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def _variable_length(query, key, value, documents: Documents, scale, window) -> torch.Tensor:
+    """All documents in one CUDA kernel; shapes as in `attention`."""
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
+    ends, longest = documents.cu_seqlens, max(documents.lengths)
+    left = -1 if window is None else window - 1
+    if documents.kernel is Attention.flash:
+        from flash_attn import flash_attn_varlen_func
+
+        output = flash_attn_varlen_func(
+            q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0)
+        )
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if k.shape[1] != q.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(left, 0))
+    return output.unsqueeze(0)
+
+
+def _mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """No mask tensor for flat rows; transformers' own where generation pads its prompts."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)

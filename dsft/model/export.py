@@ -1,0 +1,305 @@
+"""The trained model as a directory that transformers (or peft) loads, and the proof that it is the same model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+
+from dsft.errors import UserError
+from dsft.model.load import ModelSource, disk_errors, load_model, plain_loading
+from dsft.model.shards import Shards
+
+ADAPTER = "default"
+"""The name peft gives a model's first adapter."""
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+"""Makes the parameters whole inside a `with`; every rank enters it."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+"""Largest relative deviation of logits (2-norm of the difference over 2-norm) that still is the same model."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far the reloaded model's logits are from the training model's.
+
+    Attributes:
+        max_abs: Largest absolute difference of one logit.
+        relative: 2-norm of the difference over the 2-norm of the expected logits.
+        argmax_agreement: Share of positions where both find the same token likeliest.
+    """
+
+    max_abs: float
+    relative: float
+    argmax_agreement: float
+
+
+@dataclass
+class _Piece:
+    """Parameters that are gathered together, and the tensors of the written model that come of them."""
+
+    layer: str
+    parameters: list[nn.Parameter]
+    tensors: Callable[[], dict[str, torch.Tensor]]
+
+
+def write_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    *,
+    gather: Gather,
+    is_writer: bool,
+    merge: bool,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write the model so that `AutoModelForCausalLM.from_pretrained(directory)` loads it, tokenizer included.
+
+    The parameters are gathered module by module: beside its own part a rank holds one module, and the writer one
+    shard in host memory. Every rank has to call this. The directory appears, or replaces an older one, only when whole.
+
+    Args:
+        model: Plain, or with LoRA adapters.
+        tokenizer: Written beside it with its chat template.
+        directory: Where the model is to be.
+        gather: Called with a list of parameters; `deepspeed.zero.GatheredParameters` under ZeRO-3, else a null context.
+        is_writer: Whether this rank writes; exactly one does.
+        merge: Add the adapters to the weights (in fp32). Otherwise only the adapters are written, for
+            `PeftModel.from_pretrained`. A model without adapters is always written whole.
+        dtype: Type of the written weights.
+        max_shard_bytes: Largest safetensors file, unless one tensor alone is larger.
+
+    Raises:
+        UserError: The disk is full or not writable; an older directory is still whole. Raised by the writer alone, after
+            all gathers, so that no other rank is left waiting.
+    """
+    directory = Path(directory).absolute()
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    adapters = isinstance(model, PeftModel) and not merge
+    stem, limit = ("adapter_model", sys.maxsize) if adapters else ("model", max_shard_bytes)
+    shards = Shards(unfinished, stem, limit)
+    for tensors in _stream(model, adapters, gather, is_writer, dtype):
+        shards.add(tensors)
+    if not is_writer:
+        return
+    try:
+        with disk_errors(directory):
+            shards.close()
+            _write_configs(model, tokenizer, unfinished, adapters, dtype)
+            _publish(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse to replace a directory that holds something other than a model.
+
+    Raises:
+        UserError: It does.
+    """
+    directory = Path(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{directory} is there already and holds no model, so it is not replaced. Choose another place."
+        )
+
+
+def verify(directory: Path, probe_ids: torch.Tensor, expected_logits: torch.Tensor, dtype: torch.dtype) -> Report:
+    """Reload a written model on the CPU, as a user would, and compare its logits with the training model's.
+
+    Args:
+        directory: What `write_model` wrote; adapters are put on the base model that they name.
+        probe_ids: int64, shape (1, tokens).
+        expected_logits: The training model's, in evaluation mode, shape (1, tokens, vocabulary).
+        dtype: Type to compute in, the training model's.
+
+    Raises:
+        UserError: It does not load, or the logits differ by more than TOLERANCE allows for `dtype`.
+    """
+    with plain_loading():
+        model = _reload(Path(directory), dtype).eval()
+    with torch.no_grad():
+        found = model(input_ids=probe_ids.cpu(), use_cache=False).logits.double()
+    expected = expected_logits.detach().cpu().double()
+    difference = found - expected
+    report = Report(
+        max_abs=difference.abs().max().item(),
+        relative=(difference.norm() / expected.norm()).item(),
+        argmax_agreement=(found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+    )
+    # Written so that NaN, which compares false with everything, is refused.
+    if not report.relative <= TOLERANCE[dtype]:
+        raise UserError(
+            f"The model written to {directory} is not the one that was trained: its logits differ by "
+            f"{report.relative:.2e} (relative; {TOLERANCE[dtype]:.0e} is allowed in {_name(dtype)}), at most "
+            f"{report.max_abs:.3g}, and {report.argmax_agreement:.0%} of the likeliest tokens agree. Do not use it."
+        )
+    return report
+
+
+def _stream(
+    model: PreTrainedModel | PeftModel, adapters: bool, gather: Gather, is_writer: bool, dtype: torch.dtype
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The written model's tensors on the host, a decoder layer at a time; nothing but the gathers for other ranks."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    pieces = _adapter_pieces(base) if adapters else _whole_pieces(base)
+    for _, group in groupby(pieces, key=lambda piece: piece.layer):
+        tensors: dict[str, torch.Tensor] = {}
+        for piece in group:
+            with gather(piece.parameters):
+                if is_writer:
+                    tensors.update({name: _on_host(tensor, dtype) for name, tensor in piece.tensors().items()})
+        if not tensors:
+            continue
+        if adapters:
+            yield get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+        else:
+            # Transformers loads some architectures into other tensors than their files hold, never across layers.
+            restored = revert_weight_conversion(base, tensors)
+            yield {name: _unshared(tensor) for name, tensor in restored.items()}
+
+
+def _adapter_pieces(base: PreTrainedModel) -> Iterator[_Piece]:
+    """Each adapter, under the names of the peft model."""
+    for prefix, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            own = {n: p for n, p in module.named_parameters(f"base_model.model.{prefix}") if ".base_layer." not in n}
+            yield _Piece(_layer(prefix), list(own.values()), own.copy)
+
+
+def _whole_pieces(base: PreTrainedModel) -> Iterator[_Piece]:
+    """Each module's own parameters and buffers, tied ones once, adapters merged."""
+    ignored = set(base._keys_to_ignore_on_save or ())
+    seen: set[int] = set()
+    adapted = ""
+    for prefix, module in base.named_modules():
+        if adapted and prefix.startswith(f"{adapted}."):
+            continue
+        if isinstance(module, LoraLayer):
+            adapted = prefix
+            yield _Piece(_layer(prefix), list(module.parameters()), partial(_merged, prefix, module))
+            continue
+        own = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in _own_tensors(module)}
+        own = {name: tensor for name, tensor in own.items() if name not in ignored and id(tensor) not in seen}
+        seen.update(map(id, own.values()))
+        if own:
+            yield _Piece(_layer(prefix), [t for t in own.values() if isinstance(t, nn.Parameter)], own.copy)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's parameters and persistent buffers, not its children's."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _merged(prefix: str, module: LoraLayer) -> dict[str, torch.Tensor]:
+    """The plain layer that computes what the adapted one does, in fp32.
+
+    LoRA (arXiv:2106.09685): W + s B A. DoRA (arXiv:2402.09353): the rows of that, rescaled to the trained magnitudes.
+    """
+    layer = module.get_base_layer()
+    # Conv1D of GPT-2 keeps its weight as (in, out).
+    weight = layer.weight.float().T if module.fan_in_fan_out else layer.weight.float()
+    update = module.lora_B[ADAPTER].weight.float() @ module.lora_A[ADAPTER].weight.float()
+    weight = weight + module.scaling[ADAPTER] * update
+    if ADAPTER in module.lora_magnitude_vector:
+        magnitude = module.lora_magnitude_vector[ADAPTER].weight.float()
+        weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+    tensors = {f"{prefix}.weight": weight.T if module.fan_in_fan_out else weight}
+    if layer.bias is not None:
+        tensors[f"{prefix}.bias"] = layer.bias
+    return tensors
+
+
+def _layer(prefix: str) -> str:
+    """`model.layers.3` for whatever lies in that layer, the module's own name outside of any."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", prefix)
+    return match[1] if match else prefix
+
+
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy in host memory, floating-point values as `dtype`."""
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", wanted, copy=True).contiguous()
+
+
+def _unshared(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with memory of its own, which safetensors asks for."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _write_configs(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    adapters: bool,
+    dtype: torch.dtype,
+) -> None:
+    """All that stands beside the weights."""
+    tokenizer.save_pretrained(directory)
+    if adapters:
+        adapter_config = copy.deepcopy(model.peft_config[ADAPTER])
+        adapter_config.inference_mode = True
+        adapter_config.save_pretrained(directory)
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = copy.deepcopy(base.config)
+    config.dtype = dtype
+    config.architectures = [type(base).__name__]
+    config.get_text_config().use_cache = True
+    config.save_pretrained(directory)
+    if base.can_generate():
+        # save_pretrained would refuse generation settings that are inconsistent in many a published model.
+        base.generation_config.to_json_file(directory / "generation_config.json")
+
+
+def _publish(unfinished: Path, directory: Path) -> None:
+    """Bring the whole new directory to disk and let it take the name, and the old one's place."""
+    check_replaceable(directory)
+    for file in unfinished.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    unfinished.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reload(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The written model on the CPU; adapters on their base model."""
+    adapter_config = directory / "adapter_config.json"
+    if not adapter_config.is_file():
+        return load_model(ModelSource(str(directory), None, "", str(directory)), dtype, "eager")
+    named = json.loads(adapter_config.read_text(encoding="utf-8"))
+    path = named["base_model_name_or_path"]
+    base = load_model(ModelSource(path, named.get("revision"), "", path), dtype, "eager")
+    return PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,342 @@
+"""From a name to a tokenizer and a model: directories, hub ids, GGUF files, files inside installed packages."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.quantization_config import GgufConfig
+
+from dsft.config.schema import ActivationCheckpointing
+from dsft.errors import UserError
+
+CONVERSION = 1
+"""Version of what a converted GGUF directory holds; a new number makes old caches unused."""
+
+FORMS = "Give a directory, a hub id (`org/name`), a `.gguf` file or `package://NAME/FILE`."
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is known to be there.
+
+    Attributes:
+        path: Directory, or hub id; what `from_pretrained` takes.
+        revision: Commit of a hub id, None for a directory.
+        fingerprint: Hex digest of the model's content, the same wherever its files lie.
+        name: What the person asked for, for messages.
+    """
+
+    path: str
+    revision: str | None
+    fingerprint: str
+    name: str
+
+
+def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/dsft") -> ModelSource:
+    """Find the model that `path` names; a GGUF file is converted to a plain directory first, once per machine.
+
+    Processes may call this at the same time: one converts, the others wait for it.
+
+    Args:
+        path: Directory, hub id, `.gguf` file, or `package://NAME/FILE` for a file or directory of these kinds inside
+            an installed Python package (which is not imported).
+        revision: Branch, tag or commit of a hub id.
+        cache_dir: Converted models go to `models/` in it.
+
+    Raises:
+        UserError: There is no such model; the message names what was tried.
+    """
+    local = _inside_package(path) if path.startswith("package://") else Path(path).expanduser()
+    if local.is_file() and local.suffix == ".gguf":
+        directory, digest = _converted(local, Path(cache_dir).expanduser())
+        return ModelSource(str(directory), None, digest, path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"model.path={path}: the directory {local.resolve()} holds no config.json. {FORMS}")
+        return ModelSource(str(local.resolve()), None, _directory_digest(local), path)
+    if local.is_file():
+        raise UserError(f"model.path={path}: a file, but not a .gguf file. {FORMS}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".gguf"):
+        raise UserError(f"model.path={path}: no file or directory at {local.absolute()}. {FORMS}")
+    return _on_hub(path, revision)
+
+
+def _inside_package(path: str) -> Path:
+    """The file that `package://NAME/FILE` names, without importing the package."""
+    package, _, inner = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None:
+        raise UserError(
+            f"model.path={path}: no Python package {package!r} is installed here. "
+            f"Install it: pip install {package.replace('_', '-')}"
+        )
+    roots = spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
+    candidates = [Path(root) / inner for root in roots]
+    for candidate in candidates:
+        if inner and candidate.exists():
+            return candidate
+    models = sorted(str(p.relative_to(root)) for root in roots for p in Path(root).rglob("*.gguf"))
+    held = f"It holds {', '.join(models)}." if models else "It holds no .gguf file."
+    raise UserError(f"model.path={path}: the package {package!r} has no file {inner!r}. {held}")
+
+
+def _on_hub(path: str, revision: str | None) -> ModelSource:
+    """A hub id, pinned to the commit that `revision` means now, so that every rank loads the same."""
+    try:
+        config_file = cached_file(path, "config.json", revision=revision)
+    except OSError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"model.path={path}: no directory {Path(path).absolute()}, and the hub gave no config.json of "
+            f"{path!r}{at}: {_first_line(error)}. {FORMS}"
+        ) from error
+    commit = extract_commit_hash(config_file, None) or revision
+    return ModelSource(path, commit, _digest(path, commit), path)
+
+
+def _converted(file: Path, cache_dir: Path) -> tuple[Path, str]:
+    """Directory that holds the GGUF file's model in Hugging Face's layout, and the digest of its content."""
+    with open(file, "rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _digest(content, CONVERSION, transformers.__version__)
+    target = cache_dir / "models" / f"{file.stem}-{digest[:16]}"
+    if target.is_dir():
+        return target, digest
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                print(
+                    f"Converting {file.name} to {target} (once; some seconds per 100 MB)", file=sys.stderr, flush=True
+                )
+                _convert_gguf(file, partial)
+                partial.rename(target)
+    return target, digest
+
+
+def _convert_gguf(file: Path, directory: Path) -> None:
+    """Write the unpacked model, its tokenizer and chat template to `directory`.
+
+    The values are kept in fp32: a block's `scale * q + offset` (fp16 factors) does not fit bf16 or fp16, and a
+    run in fp32 should start from what the file says. A bf16 run rounds once, on loading.
+    """
+    try:
+        with plain_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:  # a damaged binary file can fail in any way
+        raise UserError(f"{file}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+    # The weights are plain now; what is left of the quantisation would make save_pretrained refuse.
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    vars(model.config).pop("_model_name_or_path", None)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: It cannot be read, or transformers does not know the architecture.
+    """
+    with _loading(source, "config.json"):
+        return AutoConfig.from_pretrained(source.path, revision=source.revision)
+
+
+def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with a padding token.
+
+    Args:
+        source: Where the model is.
+        chat_template_file: Jinja template that replaces the tokenizer's own.
+
+    Raises:
+        UserError: No tokenizer, a slow one (without character offsets), or an unreadable template file.
+    """
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.path={source.name}: its tokenizer ({type(tokenizer).__name__}) has no fast version. "
+            "Save it with a tokenizer.json beside the model."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model.path={source.name}: its tokenizer names neither a padding nor an end token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template_file is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template_file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template={chat_template_file}: cannot be read: {error}") from error
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex digest of all that decides how text becomes ids: the tokenizer, its special tokens, its chat template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left over from whoever called the tokenizer last; no part of what it is.
+    backend.pop("truncation", None)
+    backend.pop("padding", None)
+    return _digest(json.dumps(backend), json.dumps(tokenizer.special_tokens_map), json.dumps(tokenizer.chat_template))
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        UserError: It has.
+    """
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer):,} tokens but the model's embedding only {rows:,} rows. "
+            "Give a model.path whose model and tokenizer belong together."
+        )
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """The model with all of its weights in `dtype`, in training shape (no key-value cache).
+
+    Under ZeRO-3 it comes partitioned, if the engine keeps an `HfDeepSpeedConfig` alive.
+
+    Args:
+        source: Where the model is.
+        dtype: Type of the weights; the files' own is never used unasked.
+        attn_implementation: Attention name that transformers knows.
+
+    Raises:
+        UserError: It cannot be read, or lacks weights; they are listed.
+    """
+    with _loading(source, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise UserError(
+            f"model.path={source.name}: its files lack {len(missing)} weights of {type(model).__name__}: "
+            f"{', '.join(missing[:8])}{more}. They would be random numbers. Give a directory with the whole model."
+        )
+    model.config.get_text_config().use_cache = False
+    return model
+
+
+def activation_checkpointing(model: PreTrainedModel, mode: ActivationCheckpointing) -> None:
+    """Make each decoder layer recompute its activations in the backward pass.
+
+    Args:
+        model: Plain, or with its adapters already (peft, given a checkpointing model, would undo part of this).
+        mode: `none` changes nothing; `offload` also keeps each layer's input in host memory.
+
+    Raises:
+        UserError: The architecture does not support it.
+    """
+    if mode is ActivationCheckpointing.none:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"activation_checkpointing={mode.value}: {model.config.model_type} models do not support it. "
+            "Use activation_checkpointing=none."
+        )
+    # Without an accelerator the activations are on the host already, and pinning them needs one.
+    offload = mode is ActivationCheckpointing.offload and torch.accelerator.is_available()
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    # Transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs; here it
+    # would only send the backward pass through frozen layers.
+    model.disable_input_require_grads()
+
+
+@contextlib.contextmanager
+def plain_loading() -> Iterator[None]:
+    """Inside, `from_pretrained` builds whole models even while a ZeRO-3 config is alive."""
+    alive = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = alive
+
+
+@contextlib.contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Inside, a failure to write (a full disk, no permission) is a UserError that names `directory`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Cannot write the model to {directory}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _loading(source: ModelSource, what: str) -> Iterator[None]:
+    """Inside, what transformers says of unreadable files is a UserError that names them."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        at = f" at revision {source.revision}" if source.revision else ""
+        raise UserError(
+            f"model.path={source.name}: cannot load the {what} from {source.path}{at}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _digest(*parts: object) -> str:
+    """Hex digest of the parts in order."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8")).hexdigest()
+
+
+def _directory_digest(directory: Path, edge: int = 1 << 20) -> str:
+    """Hex digest of a model directory: names, sizes, and the first and last MiB of each file.
+
+    Weights that differ do so everywhere; reading all of a 100 GB model on every rank would take minutes.
+    """
+    state = hashlib.sha256()
+    for file in sorted(p for p in directory.iterdir() if p.is_file()):
+        size = file.stat().st_size
+        state.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as stream:
+            state.update(stream.read(edge))
+            stream.seek(max(edge, size - edge))
+            state.update(stream.read(edge))
+    return state.hexdigest()

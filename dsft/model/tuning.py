@@ -1,0 +1,203 @@
+"""Which weights are trained: all, a chosen part, or low-rank adapters; and noise on the embeddings."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dsft.config.schema import Method, TuningConfig
+from dsft.errors import UserError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; tied ones count once."""
+
+    trainable: int
+    total: int
+
+
+def apply(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PreTrainedModel | PeftModel:
+    """Mark what is trained (`requires_grad`); with LoRA, wrap the model.
+
+    Args:
+        model: Whole, or partitioned by ZeRO-3.
+        tuning: What to train.
+        seed: Of the adapters' first values; the same on all ranks. No global random state changes.
+
+    Raises:
+        UserError: A pattern, layer count or module name does not fit this model.
+    """
+    match tuning.method:
+        case Method.full:
+            return model
+        case Method.freeze:
+            _freeze(model, tuning.trainable, tuning.last_layers)
+            return model
+        case Method.lora:
+            return _add_lora(model, tuning, seed)
+
+
+def describe(model: nn.Module) -> Counts:
+    """Trainable and total parameters; right under ZeRO-3 too, where a rank holds only its part of each."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return Counts(trainable=sum(n for n, trained in sizes if trained), total=sum(n for n, _ in sizes))
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The stack of decoder layers and the module that holds it, whatever the architecture calls them.
+
+    Raises:
+        UserError: No module list of the model is as long as its config says it has layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return module, child
+    raise UserError(
+        f"tuning.last_layers: no stack of {depth} layers was found in {type(model).__name__}. "
+        "Choose parameters by name with tuning.trainable instead."
+    )
+
+
+def _freeze(model: PreTrainedModel, patterns: list[str], last_layers: int | None) -> None:
+    """Train only what a pattern finds in a parameter's name, and the last layers."""
+    if not patterns and last_layers is None:
+        raise UserError(
+            "tuning=freeze: nothing would be trained. Set tuning.trainable (regular expressions) or tuning.last_layers."
+        )
+    chosen = [p for pattern in patterns for p in _matching(model, pattern)]
+    if last_layers is not None:
+        chosen += _top(model, last_layers)
+    model.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+
+
+def _matching(model: PreTrainedModel, pattern: str) -> list[nn.Parameter]:
+    """Parameters in whose name the regular expression is found; at least one."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"tuning.trainable: {pattern!r} is no regular expression: {error}") from error
+    parameters = dict(model.named_parameters())
+    found = [p for name, p in parameters.items() if expression.search(name)]
+    if not found:
+        near = _nearest(pattern, list(parameters))
+        raise UserError(f"tuning.trainable: {pattern!r} is found in no parameter's name. Nearest: {', '.join(near)}")
+    return found
+
+
+def _top(model: PreTrainedModel, count: int) -> list[nn.Parameter]:
+    """Parameters of the last `count` decoder layers, the final norm and an untied output head."""
+    decoder, layers = decoder_layers(model)
+    if not 0 <= count <= len(layers):
+        raise UserError(f"tuning.last_layers={count}: the model has {len(layers)} layers. Give 0 to {len(layers)}.")
+    norms = [
+        child
+        for name, child in decoder.named_children()
+        if "norm" in type(child).__name__.lower() and "embed" not in name
+    ]
+    chosen = [p for module in [*layers[len(layers) - count :], *norms] for p in module.parameters()]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        chosen += head.parameters()
+    return chosen
+
+
+def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftModel:
+    """Wrap the model with adapters whose first values depend on the seed alone."""
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=_targets(model, list(tuning.target_modules)),
+        use_rslora=tuning.use_rslora,
+        use_dora=tuning.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    # peft draws on the host. Only that generator is set and put back: torch.manual_seed would reseed CUDA's as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        # Adapters in the weights' own type: fp32 adapters on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _targets(model: PreTrainedModel, names: list[str]) -> str | list[str]:
+    """The target modules as peft takes them, each checked to be there and linear."""
+    if names == [ALL_LINEAR]:
+        return ALL_LINEAR
+    if not names:
+        raise UserError(f"tuning.target_modules is empty. Give module names, or {ALL_LINEAR}.")
+    head = model.get_output_embeddings()
+    tied_head = head if head is not None and head.weight is model.get_input_embeddings().weight else None
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not tied_head]
+    for name in names:
+        if not any(f".{module}".endswith(f".{name}") for module in linear):
+            near = _nearest(name, sorted({module.rpartition(".")[2] for module in linear}))
+            raise UserError(
+                f"tuning.target_modules: {name!r} is the name of no linear layer that can take an adapter. "
+                f"Nearest: {', '.join(near)}; or [{ALL_LINEAR}] alone for all."
+            )
+    return names
+
+
+def _nearest(wanted: str, names: list[str], count: int = 5) -> list[str]:
+    """The names most like `wanted`, repeated layers shown once."""
+    distinct: dict[str, str] = {}
+    for name in names:
+        distinct.setdefault(re.sub(r"\d+", "N", name), name)
+
+    def likeness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, wanted, part).ratio() for part in [name, *name.split(".")])
+
+    return sorted(distinct.values(), key=likeness, reverse=True)[:count]
+
+
+@dataclass
+class Neftune:
+    """Uniform noise on the embeddings while training (arXiv:2310.05914).
+
+    A document of L tokens gets noise from U(-1, 1) * alpha / sqrt(L * d), as if it were alone in its batch. The
+    draws come from torch's default generators, so that saved random states cover them.
+
+    Attributes:
+        alpha: Strength of the noise.
+        lengths: Tokens of each document of the flat row that comes next, to be set before every training forward pass.
+    """
+
+    alpha: float
+    lengths: list[int] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the embedding; `output` has shape (1, tokens, d)."""
+        if not module.training:
+            return output
+        _, tokens, width = output.shape
+        if sum(self.lengths) != tokens:
+            raise ValueError(f"Neftune.lengths says {sum(self.lengths)} tokens, the row has {tokens}")
+        lengths = torch.tensor(self.lengths)
+        scale = (self.alpha / (lengths * width).sqrt()).repeat_interleave(lengths)
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * scale.to(output).unsqueeze(-1)
+
+
+def add_neftune(model: PreTrainedModel | PeftModel, alpha: float) -> Neftune:
+    """Let the model's input embeddings add noise while it trains; evaluation is not touched.
+
+    Returns:
+        The noise, whose `lengths` the task sets before each training forward pass.
+    """
+    noise = Neftune(alpha)
+    model.get_input_embeddings().register_forward_hook(noise)
+    return noise

@@ -1,0 +1,113 @@
+"""Parameter groups: who is decayed, who learns more slowly, whom Muon takes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dsft.config.schema import OptimConfig, OptimName
+from dsft.errors import UserError
+
+_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+_EMBEDDINGS = -1
+
+
+class _Key(NamedTuple):
+    """What the parameters of one group share; sorts from the input to the output, decayed before undecayed."""
+
+    depth: int
+    undecayed: bool
+    by_adamw: bool
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Sort the trainable parameters of `model` into optimizer groups.
+
+    Norms, biases, embeddings (an output head tied to them included) and DoRA magnitudes are not decayed. With
+    `optim.layer_decay` d, the top layer and everything above the layers learn at `optim.lr`, each lower layer at d
+    times the rate of the one above it, and the embeddings at d times that of the lowest layer (arXiv:1801.06146;
+    arXiv:2003.10555). Muon takes the matrices of the layers, AdamW the rest.
+
+    Args:
+        model: A model, wrapped by peft or not; partitioned by ZeRO-3 or not.
+        optim: The optimizer's section of the config.
+
+    Returns:
+        Non-empty groups, ordered from the embeddings to the head and the same on every rank, each with `params`,
+        `lr`, `weight_decay` and a readable `name`; with Muon `use_muon` and the other keys that its class asks for.
+
+    Raises:
+        UserError: If nothing is trainable, if `optim.layer_decay` meets a model without numbered layers, or if Muon
+            would get no matrix.
+    """
+    layers = 1 + max((_layer(name, _EMBEDDINGS) for name, _ in model.named_parameters()), default=_EMBEDDINGS)
+    if optim.layer_decay != 1 and layers == 0:
+        raise UserError(
+            f"optim.layer_decay={optim.layer_decay:g}: the model's parameter names hold no numbered layers "
+            "(.layers.N., .h.N., .block.N.); set optim.layer_decay=1"
+        )
+    members: dict[_Key, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter, module in _trainable(model):
+        members[_key(name, parameter, module, layers, optim)].append(parameter)
+    if not members:
+        raise UserError(
+            "no parameter is trainable: the patterns of tuning.trainable match nothing and tuning.last_layers "
+            "leaves nothing; change them, or set tuning.method=full"
+        )
+    if optim.name is OptimName.muon and all(key.by_adamw for key in members):
+        raise UserError(
+            "optim.name=muon: no matrix of a numbered layer is trainable, so Muon has nothing to do; "
+            "set optim.name=adamw, or make layers trainable (tuning.*)"
+        )
+    return [_group(key, members[key], layers, optim) for key in sorted(members)]
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
+    """Each trainable parameter once, under its first name, with the module that holds it."""
+    modules = dict(model.named_modules())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [(name, p, modules[name.rpartition(".")[0]]) for name, p in named]
+
+
+def _layer(name: str, otherwise: int) -> int:
+    found = _LAYER.search(f".{name}")
+    return int(found[1]) if found else otherwise
+
+
+def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, optim: OptimConfig) -> _Key:
+    # ZeRO-3 leaves an empty tensor in a partitioned parameter's place and keeps its shape aside.
+    dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+    embedding = isinstance(module, nn.Embedding) or "lora_embedding_" in name
+    plain = dimensions < 2 or name.endswith("bias") or "Norm" in type(module).__name__ or "lora_magnitude" in name
+    layer = _layer(name, layers)
+    matrix = dimensions == 2 and layer < layers and not (plain or embedding)
+    depth = _EMBEDDINGS if embedding and layer == layers else layer
+    return _Key(
+        depth=depth if optim.layer_decay != 1 else 0,
+        undecayed=plain or embedding,
+        by_adamw=not (matrix and optim.name is OptimName.muon),
+    )
+
+
+def _group(key: _Key, params: list[nn.Parameter], layers: int, optim: OptimConfig) -> dict[str, Any]:
+    words = ["no decay" if key.undecayed else "decay"]
+    factor = 1.0
+    if optim.layer_decay != 1:
+        words.insert(0, {_EMBEDDINGS: "embeddings", layers: "head"}.get(key.depth, f"layer {key.depth}"))
+        factor = optim.layer_decay ** max(0, layers - 1 - key.depth)
+    group: dict[str, Any] = {
+        "params": params,
+        "lr": optim.lr * factor,
+        "weight_decay": 0.0 if key.undecayed else optim.weight_decay,
+    }
+    if optim.name is OptimName.muon:
+        words.append("adamw" if key.by_adamw else "muon")
+        group["use_muon"] = not key.by_adamw
+        if key.by_adamw:
+            group |= {"betas": tuple(optim.betas), "eps": optim.eps}
+        else:
+            group["momentum"] = optim.momentum
+    return group | {"name": ", ".join(words)}

@@ -1,0 +1,151 @@
+"""The process group and every collective of the project.
+
+Collectives move small host values (a few numbers, a string); gradients and weights are DeepSpeed's business.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from dsft.errors import UserError
+from dsft.runtime.place import Place
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for the slowest rank: as long as saving or evaluating may keep one busy."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, seen from one of them.
+
+    Attributes:
+        place: This rank's place.
+        device: The device that this rank computes on.
+    """
+
+    place: Place
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather([0.0])
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's row of numbers, in the order of ranks; float64, so that counts stay exact."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; anything that pickles."""
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks."""
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def agree(self, what: str, value: str) -> None:
+        """Make sure that every rank has the same value.
+
+        Raises:
+            UserError: Some rank differs; the message names what and which.
+        """
+        values = self.gather_objects(value)
+        others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+        if others:
+            raise UserError(f"{what} differs between rank 0 ({values[0]}) and rank {others[0]} ({values[others[0]]}).")
+
+    def all_succeed(self, error: str | None) -> None:
+        """Turn one rank's failure into every rank's, so that nobody waits for a rank that has given up.
+
+        Raises:
+            UserError: The first error that any rank passed in.
+        """
+        errors = self.gather_objects(error)
+        for rank, message in enumerate(errors):
+            if message:
+                raise UserError(f"rank {rank}: {message}")
+
+
+def join(place: Place, timeout: timedelta = TIMEOUT) -> World:
+    """Join the process group: NCCL on CUDA devices, gloo on CPUs.
+
+    Raises:
+        UserError: There are more ranks on this host than devices.
+    """
+    place.export()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        visible = torch.cuda.device_count()
+        if visible > 1 and place.local_rank >= visible:
+            raise UserError(f"local rank {place.local_rank} has no GPU: {visible} are visible. Start fewer ranks.")
+        # a scheduler may show each task only its own GPU, which is then number 0 for all of them
+        device = torch.device("cuda", place.local_rank if visible > 1 else 0)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # serves DeepSpeed's inference only, and would be compiled for a minute first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
+    return World(place, device)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe(world: World) -> dict[str, Any]:
+    """What a result may depend on: hosts, devices and the world's shape."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "world_size": world.size,
+        "launcher": world.place.launcher,
+        "hosts": sorted(set(world.gather_objects(socket.gethostname()))),
+        "device": f"{world.device.type}: {name}",
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def computes_bf16() -> bool:
+    """Whether the hardware has bf16 arithmetic, so that bf16 is fast and not emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory this rank has held, in bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Tasks: what a batch's outputs are worth. One module per task, siblings of `causal_lm`."""

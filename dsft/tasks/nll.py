@@ -1,0 +1,98 @@
+"""The output head and its loss, without ever holding the logits of a whole batch.
+
+A vocabulary of 150,000 makes logits the largest tensor of a fine-tuning step. Only supervised positions need any, and
+they are taken in chunks: each chunk's logits live just long enough to give its loss and its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+"""Config keys by which some models bend their logits after the head (Gemma 2, Cohere, Granite), and the value that
+means "not at all"."""
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Summed negative log-likelihood of a linear head; the gradient is formed in the forward pass, chunk by chunk.
+
+    Forming it there means that no logits are kept or computed twice. The loss is a plain sum, so whatever scale
+    comes later (1 / tokens, ranks, the fp16 loss scale) is one factor in `backward`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk):
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # fp32, since a bf16 sum over many chunks would lose what the small ones add
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for part in torch.arange(hidden.shape[0], device="cpu").split(chunk):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            logits = F.linear(hidden[rows], weight, bias).float()
+            target = targets[rows, None]
+            top = logits.argmax(-1, keepdim=True)
+            # subtracting the largest logit first keeps small losses exact
+            logits -= logits.gather(1, top)
+            log_sum = logits.exp().sum(-1, keepdim=True).log()
+            nll += (log_sum - logits.gather(1, target)).sum(dtype=torch.float64)
+            correct += (top == target).sum()
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            if wants_bias:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if wants_hidden:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if wants_weight:
+                grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
+
+    @staticmethod
+    def backward(ctx, grad_nll, _):
+        hidden, weight, bias = ctx.saved_tensors
+        scale = grad_nll.float()
+        return (
+            None if hidden is None else (hidden * scale).to(hidden.dtype),
+            None if weight is None else weight.mul_(scale).to(ctx.dtypes[0]),
+            None if bias is None else bias.mul_(scale).to(ctx.dtypes[1]),
+            None,
+            None,
+        )
+
+
+def _head_forward(self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, chunk: int = 0):
+    """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`."""
+    if targets is None:
+        return F.linear(hidden, self.weight, self.bias)
+    return _ChunkedNll.apply(hidden, self.weight, self.bias, targets, chunk)
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The output head if logits are just its linear map, else None.
+
+    The head's forward learns to return the loss. It stays one call of the head's own module, because ZeRO-3 gathers
+    a layer's weights around exactly that call.
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    bent = any(getattr(config, key, None) not in (None, neutral) for key, neutral in LOGIT_SETTINGS.items())
+    if type(head) is not nn.Linear or bent:
+        return None
+    head.forward = _head_forward.__get__(head)
+    return head
+
+
+def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed negative log-likelihood and count of correct first guesses, from logits (tokens, vocabulary)."""
+    nll = F.cross_entropy(logits.float(), targets, reduction="sum").double()
+    return nll, (logits.detach().argmax(-1) == targets).sum().double()

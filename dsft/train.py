@@ -1,0 +1,346 @@
+"""Composition root: from a config to the objects of a run, and into the loop. No arithmetic here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+from rich.console import Console
+
+from dsft import checkpoint, loop
+from dsft.config import check, load
+from dsft.config.schema import Config, Precision
+from dsft.data import audit as audits
+from dsft.data import dataset
+from dsft.data.batch import collate
+from dsft.data.loader import Loader
+from dsft.data.pack import Planner
+from dsft.ds_config import build as build_ds_config
+from dsft.engine import Engine, building
+from dsft.errors import UserError
+from dsft.evaluate import Evaluator
+from dsft.metrics import METRICS
+from dsft.model import attention, export, tuning
+from dsft.model import load as models
+from dsft.optim import Schedule
+from dsft.runtime.files import write_json, write_text
+from dsft.runtime.place import Place, discover
+from dsft.runtime.seeds import seed_everything
+from dsft.runtime.signals import REQUEUE_CODE, StopRequest
+from dsft.runtime.world import World, computes_bf16, describe, join, leave
+from dsft.tasks.causal_lm import CausalLM
+from dsft.tracking import NullTracker, Progress, Tracker, WandbSink
+from dsft.tracking.report import summary, write_report
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+PACKAGES = ("dsft", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
+
+
+def run(config: Config) -> int:
+    """Fine-tune as `config` says.
+
+    Returns:
+        Exit code: 0 when the run is finished, REQUEUE_CODE when it was asked to stop and can go on.
+
+    Raises:
+        UserError: Something that a person can mend.
+    """
+    place = discover()
+    with _only_run(Path(config.run_dir), place):
+        return _run(config, place)
+
+
+def _run(config: Config, place: Place) -> int:
+    sizes = check.resolve_batch(config.batch, place.world_size)
+    precision = _precision(config.precision)
+    ds = build_ds_config(
+        config.deepspeed.json,
+        micro_batch_size=sizes.micro_batch_size,
+        gradient_accumulation_steps=sizes.gradient_accumulation_steps,
+        world_size=place.world_size,
+        precision=precision.value,
+        fp16=config.fp16,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    check.check(config, ds, place.world_size, [name for name in METRICS if name.startswith("eval/")])
+    # reading and tokenising may take hours: done before there is a process group that could time out
+    source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
+    tokenizer = models.load_tokenizer(source, config.model.chat_template)
+    check_model(config, source, tokenizer)
+    train_set, validation, audit = dataset.prepare(
+        config.data, tokenizer, models.tokenizer_fingerprint(tokenizer), config.train.seed
+    )
+    planner = Planner(
+        train_set.lengths,
+        config.data.packing,
+        config.data.max_length,
+        config.data.pack_window,
+        config.train.seed,
+        sizes.global_batch_size,
+    )
+    total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
+    audit["packing"] = planner.describe()
+
+    stop = StopRequest()
+    world = join(place)
+    try:
+        # decided by rank 0 alone: hosts may stand in different working directories
+        run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
+        world.agree("the training data", train_set.key)
+        seed_everything(config.train.seed, config.train.deterministic)
+        engine = _engine(config, ds, source, precision, world)
+        resume_from = world.broadcast(_resume_from(config, run_dir) if world.is_main else None)
+        saved = checkpoint.read_state(resume_from) if resume_from else {}
+        tracker = _tracker(config, run_dir, world, total_steps, saved)
+        environment = _environment(world)
+        if world.is_main:
+            write_json(run_dir / "environment.json", environment)
+            _describe_run(config, ds, run_dir, tracker, audit)
+            audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
+            tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
+        the_loop = loop.Loop(
+            engine=engine,
+            loader=Loader(
+                train_set,
+                train_set.lengths,
+                train_set.supervised_counts,
+                planner,
+                world.rank,
+                world.size,
+                sizes.micro_batch_size,
+                sizes.gradient_accumulation_steps,
+            ),
+            evaluator=_evaluator(config, validation, tokenizer, world, sizes.micro_batch_size),
+            schedule=Schedule(config.schedule, total_steps, planner.steps(0)),
+            tracker=tracker,
+            world=world,
+            stop=stop,
+            train=config.train,
+            total_steps=total_steps,
+            peak_lr=config.optim.lr,
+            run_dir=run_dir,
+            save_frozen=_save_frozen(engine),
+            extra_state=lambda: {"data": train_set.key, "wandb_id": world.broadcast(tracker.run_id)},
+        )
+        if resume_from:
+            _resume(the_loop, Path(resume_from), train_set.key, tracker)
+        signal = the_loop.run()
+        if signal is None and config.train.export:
+            _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
+        return _conclude(run_dir, signal, world, tracker)
+    finally:
+        leave()
+
+
+def check_model(config: Config, source: models.ModelSource, tokenizer) -> None:
+    """Refuse settings that the chosen model cannot bear, before it is loaded."""
+    model_config = models.load_config(source)
+    text_config = model_config.get_text_config()
+    check.check_model(
+        max_length=config.data.max_length,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
+        vocabulary_size=text_config.vocab_size,
+        largest_token_id=max(tokenizer.get_vocab().values()),
+    )
+
+
+def _engine(config: Config, ds: dict, source: models.ModelSource, precision: Precision, world: World) -> Engine:
+    """The model, prepared for training as the config says, inside its engine."""
+    dtype = DTYPES[precision]
+    kernel = attention.choose_kernel(config.model.attention, world.device, dtype)
+    with building(ds):
+        model = models.load_model(source, dtype, attention.NAME)
+        model = tuning.apply(model, config.tuning, config.train.seed)
+    models.activation_checkpointing(model, config.activation_checkpointing)
+    noise = tuning.add_neftune(model, config.tuning.neftune_alpha) if config.tuning.neftune_alpha else None
+    task = CausalLM(model, partial(attention.Documents.of, kernel=kernel), config.model.logits_chunk, noise)
+    return Engine(task, ds, config.optim, world)
+
+
+def _evaluator(config: Config, validation, tokenizer, world: World, micro_batch_size: int) -> Evaluator | None:
+    if validation is None:
+        return None
+    return Evaluator(
+        validation,
+        tokenizer,
+        world,
+        config.eval.micro_batch_size,
+        micro_batch_size * config.data.max_length,
+        config.train.samples,
+        config.train.sample_tokens,
+    )
+
+
+def _tracker(config: Config, run_dir: Path, world: World, total_steps: int, saved: dict[str, Any]):
+    if not world.is_main:
+        return NullTracker()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    progress = Progress(total_steps, saved.get("step", 0), config.tracking.progress)
+    sink = None
+    if config.tracking.wandb:
+        plain = yaml.safe_load(load.to_yaml(config))
+        sink = WandbSink(config.tracking, run_dir, config.name, plain, saved.get("wandb_id"), progress.note)
+    tracker = Tracker(run_dir, progress, sink)
+    if not saved:
+        tracker.rewind(-1)
+    return tracker
+
+
+def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, audit: dict[str, Any]) -> None:
+    """Write down what is about to happen, and what of it is new since the run began."""
+    file = run_dir / "config.yaml"
+    if file.exists():
+        for line in load.diff(load.load_yaml(file), config):
+            tracker.note(f"changed since this run began: {line}")
+    write_text(file, load.to_yaml(config))
+    write_json(run_dir / "ds_config.json", ds)
+    tracker.audit(audit)
+
+
+def _headline(engine: Engine, ds: dict, precision: Precision, run_dir: Path, total_steps: int) -> str:
+    counts = tuning.describe(engine.module)
+    return (
+        f"{counts.trainable:,} of {counts.total:,} parameters are trained ({counts.trainable / counts.total:.2%}), "
+        f"{precision.value}, ZeRO-{engine.stage}, {engine.world.size} rank(s), "
+        f"{ds['train_batch_size']} rows per step, {total_steps} steps; run_dir {run_dir}"
+    )
+
+
+def _environment(world: World) -> dict[str, Any]:
+    """What a result may depend on; all ranks call it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return {
+        **describe(world),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": found.stdout.strip() or None if found else None,
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _precision(wanted: Precision) -> Precision:
+    if wanted is Precision.auto:
+        return Precision.bf16 if computes_bf16() else Precision.fp32
+    return wanted
+
+
+def _epochs(config: Config) -> int | None:
+    """Passes over the data; one where the config limits neither these nor the steps."""
+    return 1 if config.train.epochs is None and config.train.max_steps is None else config.train.epochs
+
+
+def _save_frozen(engine: Engine) -> bool:
+    """Frozen weights need no saving while the model can be had again; DeepSpeed leaves them out by itself."""
+    return all(p.requires_grad for p in engine.module.parameters())
+
+
+@contextmanager
+def _only_run(run_dir: Path, place: Place) -> Iterator[None]:
+    """Hold the run directory's lock on rank 0, so that two runs never write into one directory."""
+    if place.rank:
+        yield
+        return
+    run_dir = run_dir.expanduser()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another run is using run_dir={run_dir}; wait for it, or choose another run_dir") from None
+    except OSError as problem:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {problem.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _resume_from(config: Config, run_dir: Path) -> str | None:
+    """The checkpoint to go on from; only rank 0 decides.
+
+    Raises:
+        UserError: The run directory holds a run that `train.resume=never` would overwrite, or PATH is damaged.
+    """
+    checkpoint.clean(run_dir)
+    if config.train.resume == "never":
+        if checkpoint.checkpoints(run_dir):
+            raise UserError(
+                f"run_dir={run_dir} holds checkpoints, and train.resume=never would overwrite them. Choose another "
+                "run_dir, delete this one, or use train.resume=auto."
+            )
+        return None
+    if config.train.resume == "auto":
+        found = checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
+        return str(found) if found else None
+    path = Path(config.train.resume).expanduser().absolute()
+    if problem := checkpoint.damage(path):
+        raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
+    return str(path)
+
+
+def _resume(the_loop: loop.Loop, path: Path, data_key: str, tracker) -> None:
+    """Put everything back to where the checkpoint stood."""
+    state = checkpoint.read_state(path)
+    if state["data"] != data_key and state["loader"]["step_in_epoch"]:
+        raise UserError(
+            f"the training data, or how it is rendered, changed since {path} was saved in the middle of an epoch, so "
+            "its place in the data means nothing now. Restore the data settings, or choose another run_dir."
+        )
+    the_loop.resume(path)
+    dropped = tracker.rewind(state["step"])
+    again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
+    tracker.note(f"resuming from {path} at step {state['step']}{again}")
+
+
+def _export(config, run_dir: Path, engine: Engine, tokenizer, example, precision, world: World, tracker) -> None:
+    """Write `model/` from the weights as they stand, reload it, and compare logits."""
+    dtype = DTYPES[precision]
+    probe = collate([example])
+    with engine.inference() as module:
+        expected = module.logits(probe.to(world.device))
+        error = None
+        try:
+            export.write_model(
+                module.model,
+                tokenizer,
+                run_dir / "model",
+                gather=engine.gathered,
+                is_writer=world.is_main,
+                merge=True,
+                dtype=dtype,
+            )
+            if world.is_main:
+                report = export.verify(run_dir / "model", probe.input_ids, expected[None], dtype)
+                tracker.note(
+                    f"exported {run_dir / 'model'}; reloaded logits deviate by {report.relative:.1e} (relative), "
+                    f"the first guess agrees at {report.argmax_agreement:.1%} of positions"
+                )
+        except UserError as problem:
+            error = str(problem)
+        world.all_succeed(error)
+
+
+def _conclude(run_dir: Path, signal: str | None, world: World, tracker) -> int:
+    """Write the report, show the result, say how to go on."""
+    if world.is_main:
+        tracker.finish()
+        write_report(run_dir)
+        if signal:
+            print(f"stopped by {signal}; the same command goes on from the checkpoint", file=sys.stderr)
+        else:
+            Console(stderr=True).print(summary(run_dir))
+    return REQUEUE_CODE if signal else 0

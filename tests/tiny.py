@@ -1,0 +1,115 @@
+"""Tiny models, tokenizers and data, made on the spot: nothing is fetched from anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dsft.types import Example
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = (
+    "the red fox sees a blue bird and the bird sees the fox ; where is the moon ? it is over the hill , says the owl . "
+    "春天来了 , 花都开了 。 月亮在哪里 ？ 在山上 。"
+).split()
+
+
+def tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a ChatML template, trained on WORDS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS), "user assistant system"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+def llama_config(**changes) -> LlamaConfig:
+    """A Llama with grouped heads and tied embeddings, small enough for a step in milliseconds."""
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A model with weights large enough that its answers differ."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(initializer_range=0.2, **changes)).float()
+
+
+def save(directory: Path, **changes) -> Path:
+    """A model directory with weights, tokenizer and chat template."""
+    llama(**changes).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def records(count: int, seed: int = 0) -> list[dict]:
+    """Chats of one to three turns of random words, so that masks are uneven."""
+    random = np.random.default_rng(seed)
+
+    def say(low, high):
+        return " ".join(random.choice(WORDS, int(random.integers(low, high))))
+
+    return [
+        {
+            "messages": [
+                message
+                for _ in range(int(random.integers(1, 4)))
+                for message in (
+                    {"role": "user", "content": say(1, 8)},
+                    {"role": "assistant", "content": say(1, 14)},
+                )
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """Rows as a JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def examples(count: int, seed: int = 0, shortest: int = 4, longest: int = 40, vocabulary: int = 400) -> list[Example]:
+    """Random token ids with uneven supervision; every example has at least one target."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = random.integers(3, vocabulary, int(random.integers(shortest, longest + 1))).astype(np.int32)
+        supervised = random.random(len(ids)) < random.uniform(0.05, 0.9)
+        supervised[0], supervised[-1] = False, True
+        made.append(Example(ids, supervised))
+    return made

@@ -1,0 +1,275 @@
+"""What is written is what was trained, whole, and nothing is lost on the way."""
+
+import errno
+import json
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from dsft.errors import UserError
+from dsft.model import export, shards
+
+IDS = torch.arange(12).reshape(1, 12)
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def tiny_llama(tie: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=tie, **SHAPE)).eval()
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=32, tie_word_embeddings=False, num_key_value_heads=1, **SHAPE)
+    return Qwen2ForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=3, n_head=2)).eval()
+
+
+def tiny_moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=32, head_dim=8, **moe, **SHAPE)).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "好": 2}, unk_token="<unk>"))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    made.chat_template = "{{ messages[0]['content'] }}<end>"
+    return made
+
+
+def adapted(model, trained: float = 0.3, **settings) -> PeftModel:
+    """The model with adapters that have moved away from their first values."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += trained * torch.randn_like(p)
+    return model
+
+
+def write(model, directory, merge=True, dtype=torch.float32, **settings):
+    settings = {"gather": lambda parameters: nullcontext(), "is_writer": True} | settings
+    export.write_model(model, tokenizer(), directory, merge=merge, dtype=dtype, **settings)
+    return directory
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_moe])
+def test_a_plain_model_comes_back_bit_for_bit(build, tmp_path):
+    model = build()
+    model.config.use_cache = False
+    write(model, tmp_path / "model")
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert again.config.use_cache
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_moe])
+def test_the_layout_is_that_of_save_pretrained(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "theirs")
+    write(model, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / which / "model.safetensors") for which in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [json.loads((tmp_path / which / "config.json").read_text()) for which in ("theirs", "ours")]
+    assert configs[0] == configs[1]
+
+
+def test_tokenizer_template_and_generation_settings_go_along(tmp_path):
+    model = tiny_llama()
+    model.generation_config.temperature = 0.7  # inconsistent with greedy decoding, as in many a published model
+    write(model, tmp_path / "model")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert loaded.apply_chat_template([{"role": "user", "content": "好"}], tokenize=False) == "好<end>"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.temperature == 0.7
+
+
+def test_shards_stay_below_their_size_and_are_indexed(tmp_path):
+    model = tiny_llama()
+    write(model, tmp_path / "model", max_shard_bytes=8000)
+    files = sorted(tmp_path.glob("model/*.safetensors"))
+    assert len(files) > 2
+    assert [f.name for f in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    held = {name: f.name for f in files for name in load_file(f)}
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 8000 for f in files)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2])
+def test_merged_adapters_are_what_peft_merges(build, settings, tmp_path):
+    model = adapted(build(), **settings)
+    trained = logits(model)
+    assert not torch.allclose(trained, logits(model.get_base_model().__class__(model.config).eval()), atol=1e-2)
+    write(model, tmp_path / "model", merge=True)
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+    report = export.verify(tmp_path / "model", IDS, trained, torch.float32)
+    assert report.relative < 1e-5
+    assert report.argmax_agreement == 1
+
+
+def test_merging_rounds_once(tmp_path):
+    model = adapted(tiny_llama().bfloat16())
+    write(model, tmp_path / "model", dtype=torch.bfloat16)
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    exact = (
+        layer.weight.double() + 1.5 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
+    written = load_file(tmp_path / "model" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert written.dtype == torch.bfloat16
+    assert torch.equal(written, exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_alone_go_back_onto_their_base(settings, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = adapted(base, **settings)
+    write(model, tmp_path / "adapter", merge=False)
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    assert not list((tmp_path / "adapter").glob("model*"))
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert export.verify(tmp_path / "adapter", IDS, logits(model), torch.float32).max_abs < 1e-6
+
+
+def test_parameters_are_gathered_a_module_at_a_time_and_the_same_on_every_rank(tmp_path):
+    model = adapted(tiny_llama())
+    names = {id(p): name for name, p in model.named_parameters()}
+    calls, open_now = {True: [], False: []}, []
+
+    def run(is_writer):
+        @contextmanager
+        def gather(parameters):
+            open_now.append(1)
+            assert len(open_now) == 1
+            calls[is_writer].append([names[id(p)] for p in parameters])
+            yield
+            open_now.pop()
+
+        write(model, tmp_path / f"writer-{is_writer}", gather=gather, is_writer=is_writer)
+
+    run(True)
+    run(False)
+    assert calls[True] == calls[False]
+    assert max(len(group) for group in calls[True]) == 3  # a linear layer and its adapter
+    assert sorted(name for group in calls[True] for name in group) == sorted(names.values())
+    assert not (tmp_path / "writer-False").exists()
+
+
+def test_weights_are_read_only_while_gathered(tmp_path):
+    """As under ZeRO-3, where a parameter is empty outside of its gather."""
+    model = adapted(tiny_llama(), use_dora=True)
+    expected = logits(model)
+    whole = {id(p): p.data for p in model.parameters()}
+
+    @contextmanager
+    def gather(parameters):
+        for p in parameters:
+            p.data = whole[id(p)]
+        yield
+        for p in parameters:
+            p.data = torch.empty(0)
+
+    for p in model.parameters():
+        p.data = torch.empty(0)
+    write(model, tmp_path / "model", gather=gather)
+    export.verify(tmp_path / "model", IDS, expected, torch.float32)
+
+
+def test_a_full_disk_leaves_the_old_model_and_keeps_no_rank_waiting(tmp_path, monkeypatch):
+    write(tiny_llama(), tmp_path / "model")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
+    saved, gathered = [], []
+
+    def save(tensors, path, metadata):
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(path)
+        path.write_bytes(b"half")
+
+    monkeypatch.setattr(shards, "save_file", save)
+    model = tiny_qwen2()
+
+    def gather(parameters):
+        gathered.extend(parameters)
+        return nullcontext()
+
+    with pytest.raises(UserError, match="No space left on device"):
+        write(model, tmp_path / "model", max_shard_bytes=8000, gather=gather)
+    assert len(gathered) == len(list(model.parameters()))
+    assert {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_new_model_replaces_the_old_one_whole(tmp_path):
+    write(tiny_llama(), tmp_path / "model", max_shard_bytes=8000)
+    write(tiny_qwen2(), tmp_path / "model")
+    assert [f.name for f in (tmp_path / "model").glob("*.safetensors*")] == ["model.safetensors"]
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+    export.verify(tmp_path / "model", IDS, logits(tiny_qwen2()), torch.float32)
+
+
+def test_a_directory_of_other_things_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no model, so it is not replaced"):
+        write(tiny_llama(), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verification_finds_one_wrong_layer(dtype, tmp_path):
+    model = tiny_llama().to(dtype)
+    write(model, tmp_path / "model", dtype=dtype)
+    assert export.verify(tmp_path / "model", IDS, logits(model), dtype).max_abs == 0
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= -1
+        model.model.layers[1].self_attn.o_proj.weight *= -1
+    with pytest.raises(UserError, match="is not the one that was trained"):
+        export.verify(tmp_path / "model", IDS, logits(model), dtype)
+
+
+def test_verification_refuses_logits_that_are_not_numbers(tmp_path):
+    write(tiny_llama(), tmp_path / "model")
+    with pytest.raises(UserError, match="is not the one that was trained"):
+        export.verify(tmp_path / "model", IDS, torch.full((1, 12, 32), torch.nan), torch.float32)

@@ -1,0 +1,179 @@
+"""Every format gives the same records, and a mistake is named by file and line."""
+
+import json
+import pickle
+
+import datasets
+import pytest
+
+from dsft.data import sources
+from dsft.data.sources import BadRecord
+from dsft.errors import UserError
+
+ROWS = [{"instruction": "说你好", "output": "你好\u2028世界\u0085。"}, {"instruction": 'a, "b"\nc', "output": "007"}]
+
+
+def fields(spec):
+    return [record.fields for record in sources.read(str(spec))]
+
+
+def origins(spec):
+    return [record.origin for record in sources.read(str(spec))]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_format_gives_the_same_records(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.to_csv(str(tmp_path / "a.csv"), index=False)
+    table.to_csv(str(tmp_path / "a.tsv"), index=False, sep="\t")
+    for name in ("a.jsonl", "a.json", "d.json", "a.parquet", "a.csv", "a.tsv"):
+        assert fields(tmp_path / name) == ROWS, name
+
+
+def test_jsonl_splits_on_newlines_alone_and_bears_bom_blank_lines_and_crlf(tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    path.write_bytes(("\ufeff" + lines[0] + "\r\n\r\n  \n" + lines[1]).encode())
+    assert fields(path) == ROWS
+    assert origins(path) == [f"{path}:1", f"{path}:4"]
+
+
+def test_tool_call_arguments_keep_their_keys(tmp_path):
+    calls = [{"messages": [{"arguments": {"city": "北京"}}]}, {"messages": [{"arguments": {"n": None}}]}]
+    assert fields(write_jsonl(tmp_path / "x.jsonl", calls)) == calls
+
+
+def test_parquet_gives_up_the_nulls_that_arrow_fills_in(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f", "content": "b"}]}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x [1].parquet"))
+    assert fields(tmp_path / "x [1].parquet") == rows
+    assert origins(tmp_path / "x [1].parquet") == [f"{tmp_path / 'x [1].parquet'}:1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[\n {"text": "a"},\n\n {"text": "b"}\n]',
+        '{"about": "\\"data\\": [",\n"data": [{"text": "a"},\n\n{"text": "b"}]}',
+    ],
+)
+def test_json_records_know_the_line_they_begin_on(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8")
+    assert fields(path) == [{"text": "a"}, {"text": "b"}]
+    assert origins(path) == [f"{path}:2", f"{path}:4"]
+
+
+def test_json_lines_under_the_name_of_json(tmp_path):
+    assert fields(write_jsonl(tmp_path / "x.json", ROWS)) == ROWS
+    assert fields(write_jsonl(tmp_path / "one.json", ROWS[:1])) == ROWS[:1]
+
+
+def test_csv_rows_know_the_line_they_begin_on(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'\xef\xbb\xbftext,n\n"two\nlines",1\nb,2\n')
+    assert fields(path) == [{"text": "two\nlines", "n": "1"}, {"text": "b", "n": "2"}]
+    assert origins(path) == [f"{path}:2", f"{path}:4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "x.jsonl:2: not JSON: Expecting value at column 9"),
+        ("x.jsonl", b'{"text": "a"}\n\xff\xfe\n{"text": "c"}\n', "x.jsonl:2: not UTF-8: byte 0xff at column 1"),
+        ("x.jsonl", b'{"text": "a"}\n["b"]\n{"text": "c"}\n', "x.jsonl:2: a record is an object, but this is list"),
+        ("x.json", b'[{"text": "a"},\n3,\n{"text": "c"}]', "x.json:2: a record is an object, but this is int"),
+        ("x.csv", b"text\na\nb,b\nc\n", "x.csv:3: 2 fields where the header has 1"),
+    ],
+)
+def test_a_bad_record_is_named_and_those_after_it_are_read(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    first, bad, last = sources.read(str(tmp_path / name))
+    assert (first.fields, last.fields) == ({"text": "a"}, {"text": "c"})
+    assert isinstance(bad, BadRecord)
+    assert str(bad).startswith(f"{tmp_path}/{problem}")
+    assert str(pickle.loads(pickle.dumps(bad))) == str(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[{"text": "a"},\n{"text": ]', r"x.json:2: not JSON: Expecting value at column 10"),
+        ("x.json", b"\xff", "not UTF-8 at byte 0"),
+        ("x.csv", b'text\n"open', "x.csv:2: cannot be read"),
+        ("x.parquet", b"not parquet", "x.parquet: cannot be read as Parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(sources.read(str(tmp_path / name)))
+
+
+def test_directories_and_globs_go_deep_in_sorted_order(tmp_path):
+    for name in ("b/2.jsonl", "a/deep/1.jsonl", "c.jsonl", "a/.hidden/x.jsonl", "a/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [{"text": name}])
+    expected = [{"text": "a/deep/1.jsonl"}, {"text": "b/2.jsonl"}, {"text": "c.jsonl"}]
+    assert fields(tmp_path) == expected
+    assert fields(tmp_path / "**/*.jsonl") == expected
+    assert fields(tmp_path / "?/*.jsonl") == expected[1:2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("data/nowhere.jsonl", "data/nowhere.jsonl: no such file"),
+        ("there/nowhere", "there/nowhere: no such file"),
+        ("there/*.jsonl", r"there/\*.jsonl: no file of a known format \(found nothing\); supported are .jsonl, .json"),
+        ("there", r"there: no file of a known format \(found notes.md\); supported are"),
+        ("there/notes.md", r"notes.md: no file of a known format \(found notes.md\)"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/notes.md").write_text("x")
+    with pytest.raises(UserError, match=message):
+        list(sources.read(spec))
+
+
+def test_a_name_with_an_owner_is_a_hub_id(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(spec, split):
+        asked.append((spec, split))
+        return datasets.Dataset.from_list([{"text": "a", "n": None}])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (record,) = sources.read("owner/some-set", split="test")
+    assert (record.fields, record.origin) == ({"text": "a"}, "owner/some-set[test]:1")
+    assert asked == [("owner/some-set", "test")]
+
+
+def test_a_hub_id_that_fails_says_that_it_is_no_path_either(tmp_path, monkeypatch):
+    def load_dataset(spec, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"owner/set: no such path here, and as a hub id .*ConnectionError: no network"):
+        list(sources.read("owner/set"))
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    before = sources.fingerprint(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    assert sources.fingerprint(str(tmp_path / "b.jsonl")) == before
+    write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
+    assert sources.fingerprint(str(tmp_path / "b.jsonl")) != before
