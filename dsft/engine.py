@@ -162,6 +162,11 @@ class Engine:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers away, so that another engine can follow in this process."""
+        self._engine.destroy()
+        self._hf_config = None
+
     def save(self, directory: str, tag: str, frozen: bool) -> None:
         """Write weights and optimizer state of every rank into `directory/tag`; all ranks call it.
 

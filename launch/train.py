@@ -25,7 +25,7 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = load.split_launcher_args(sys.argv[1:])
+    sys.argv[1:] = load.quote_text(load.split_launcher_args(sys.argv[1:]))
     load.register()
     with load.reporting():
         main()

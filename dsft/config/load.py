@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -34,6 +36,7 @@ from dsft.errors import UserError
 
 _TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_WORD = re.compile(r"[^\s,\[\]{}][^,\[\]{}]*")
 _HOW_TO_GIVE = {
     "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
     "deepspeed.json": "deepspeed.json=FILE, or deepspeed=zero2",
@@ -55,6 +58,19 @@ def split_launcher_args(argv: list[str]) -> list[str]:
         elif not equals:
             next(rest, None)
     return kept
+
+
+def quote_text(argv: list[str]) -> list[str]:
+    """Arguments in which text beyond ASCII is quoted, for Hydra's grammar reads it only so: `name=试验`."""
+    return [_quoted(*argument.partition("=")) for argument in argv]
+
+
+def _quoted(key: str, equals: str, value: str) -> str:
+    if value.isascii() or key.startswith("--") or set("'\"") & set(value):
+        return key + equals + value
+    if set("[,") & set(value):
+        return key + equals + _WORD.sub(lambda word: word[0] if word[0].isascii() else f"'{word[0]}'", value)
+    return f"{key}{equals}'{value}'"
 
 
 @contextmanager
@@ -117,6 +133,7 @@ def diff(old: Config, new: Config) -> list[str]:
     return [f"{name}: {_text(before[name])} -> {_text(after[name])}" for name in after if before[name] != after[name]]
 
 
+@cache
 def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every knob's dotted name and type, in the schema's order."""
     hints, found = get_type_hints(section), {}
@@ -182,13 +199,16 @@ def _unknown(key: str) -> str:
     if key in sections:
         return f"{key} is a group of settings, not a value: set {key}.NAME=VALUE, or choose a file of conf/{key}/."
     siblings = [name for name in names if dot and name.startswith(f"{section}.")] or list(sections)
-    near = (
-        [name for name in names if name.rpartition(".")[2] == last]
-        or difflib.get_close_matches(key, siblings, n=1, cutoff=0.75 if dot else 0.6)
-        or difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-    )
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    near = same or _closest(last, siblings, 0.6) or _closest(last, names, 0.75)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(siblings)}."
     return f"unknown setting {key}. {hint}"
+
+
+def _closest(last: str, names: list[str], cutoff: float) -> list[str]:
+    """The one of `names` whose last part is spelt most like `last`, if any is close enough."""
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    return [by_last[near] for near in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff)]
 
 
 def _wrong_choice(error: MissingConfigException) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from dsft.errors import UserError
-from dsft.model.load import ModelSource, disk_errors, load_model, plain_loading
+from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
 from dsft.model.shards import Shards
 
 ADAPTER = "default"
@@ -32,8 +32,12 @@ ADAPTER = "default"
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 """Makes the parameters whole inside a `with`; every rank enters it."""
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 1e-2}
-"""Largest relative deviation of logits (2-norm of the difference over 2-norm) that still is the same model."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest relative deviation of logits (2-norm of the difference over 2-norm) that still is the same model.
+
+Measured on SmolLM2-135M, 30 layers: another attention kernel, or merged adapters in place of separate ones, give up to
+2e-6 in fp32, 2e-3 in fp16 and 3e-2 in bf16, while negating one projection of one layer gives 8e-2 or more.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def write_model(
         max_shard_bytes: Largest safetensors file, unless one tensor alone is larger.
 
     Raises:
-        UserError: The disk is full or not writable; an older directory is still whole. Raised by the writer alone, after
-            all gathers, so that no other rank is left waiting.
+        UserError: The disk is full or not writable; an older directory is still whole. Raised by the writer alone,
+            after all gathers, so that no other rank is left waiting.
     """
     directory = Path(directory).absolute()
     unfinished = directory.with_name(f".{directory.name}.unfinished")
@@ -279,8 +283,9 @@ def _write_configs(
 def _publish(unfinished: Path, directory: Path) -> None:
     """Bring the whole new directory to disk and let it take the name, and the old one's place."""
     check_replaceable(directory)
+    even_modes(unfinished)
     for file in unfinished.iterdir():
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             os.fsync(stream.fileno())
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)

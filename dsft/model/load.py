@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import sys
@@ -94,7 +93,7 @@ def _inside_package(path: str) -> Path:
             f"model.path={path}: no Python package {package!r} is installed here. "
             f"Install it: pip install {package.replace('_', '-')}"
         )
-    roots = spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
+    roots = spec.submodule_search_locations or [Path(spec.origin or "").parent]
     candidates = [Path(root) / inner for root in roots]
     for candidate in candidates:
         if inner and candidate.exists():
@@ -120,7 +119,7 @@ def _on_hub(path: str, revision: str | None) -> ModelSource:
 
 def _converted(file: Path, cache_dir: Path) -> tuple[Path, str]:
     """Directory that holds the GGUF file's model in Hugging Face's layout, and the digest of its content."""
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = _digest(content, CONVERSION, transformers.__version__)
     target = cache_dir / "models" / f"{file.stem}-{digest[:16]}"
@@ -163,6 +162,7 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     vars(model.config).pop("_model_name_or_path", None)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    even_modes(directory)
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -211,20 +211,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     backend.pop("truncation", None)
     backend.pop("padding", None)
     return _digest(json.dumps(backend), json.dumps(tokenizer.special_tokens_map), json.dumps(tokenizer.chat_template))
-
-
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
-
-    Raises:
-        UserError: It has.
-    """
-    rows = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer):,} tokens but the model's embedding only {rows:,} rows. "
-            "Give a model.path whose model and tokenizer belong together."
-        )
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -295,6 +281,12 @@ def plain_loading() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
+def even_modes(directory: Path) -> None:
+    """Let whoever may read the tokenizer read the weights too; safetensors keeps them to their owner."""
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "tokenizer_config.json", file)
+
+
 @contextlib.contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
     """Inside, a failure to write (a full disk, no permission) is a UserError that names `directory`."""
@@ -335,7 +327,7 @@ def _directory_digest(directory: Path, edge: int = 1 << 20) -> str:
     for file in sorted(p for p in directory.iterdir() if p.is_file()):
         size = file.stat().st_size
         state.update(f"{file.name}\0{size}\0".encode())
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             state.update(stream.read(edge))
             stream.seek(max(edge, size - edge))
             state.update(stream.read(edge))

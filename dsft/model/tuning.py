@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -127,9 +128,11 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftMo
         task_type="CAUSAL_LM",
     )
     # peft draws on the host. Only that generator is set and put back: torch.manual_seed would reseed CUDA's as well.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers by a name that transformers is giving up.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         torch.default_generator.manual_seed(seed)
-        # Adapters in the weights' own type: fp32 adapters on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
+        # Adapters in the weights' own type: fp32 ones on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 

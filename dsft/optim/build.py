@@ -33,15 +33,10 @@ def build(
     Raises:
         UserError: If `optim.implementation` has no such optimizer, or DeepSpeed's is missing or does not compile.
     """
-    implementation = {
-        (OptimName.lion, Implementation.torch): "torch has no Lion, and",
-        (OptimName.muon, Implementation.torch): "Muon is built from DeepSpeed's class;",
-        (OptimName.sgd, Implementation.deepspeed): "DeepSpeed has no SGD;",
-    }.get((optim.name, optim.implementation))
-    if implementation:
+    if (optim.name, optim.implementation) in _NOT_OFFERED:
         raise UserError(
             f"optim.implementation={optim.implementation.value} with optim.name={optim.name.value}: "
-            f"{implementation} optim.implementation chooses for adamw only; leave it at auto"
+            "there is no such optimizer here; only adamw comes in both, so set optim.implementation=auto"
         )
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -94,4 +89,9 @@ def _deepspeed(
         ) from error
 
 
+_NOT_OFFERED = {
+    (OptimName.lion, Implementation.torch),
+    (OptimName.muon, Implementation.torch),
+    (OptimName.sgd, Implementation.deepspeed),
+}
 _MAKERS = {OptimName.adamw: _adamw, OptimName.sgd: _sgd, OptimName.lion: _lion, OptimName.muon: _muon}

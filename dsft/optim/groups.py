@@ -84,9 +84,10 @@ def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, opt
     plain = dimensions < 2 or name.endswith("bias") or "Norm" in type(module).__name__ or "lora_magnitude" in name
     layer = _layer(name, layers)
     matrix = dimensions == 2 and layer < layers and not (plain or embedding)
-    depth = _EMBEDDINGS if embedding and layer == layers else layer
+    # A norm or projection beside the embeddings, as BERT has them, is as far from the top as they are.
+    below = layer == layers and (embedding or "embeddings." in name)
     return _Key(
-        depth=depth if optim.layer_decay != 1 else 0,
+        depth=0 if optim.layer_decay == 1 else _EMBEDDINGS if below else layer,
         undecayed=plain or embedding,
         by_adamw=not (matrix and optim.name is OptimName.muon),
     )

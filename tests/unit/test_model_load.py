@@ -125,7 +125,7 @@ def test_damaged_files_are_a_message_not_a_traceback(saved, tmp_path):
     with pytest.raises(UserError, match="cannot load the model"):
         load.load_model(load.resolve(str(tmp_path)), torch.float32, "eager")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_architecture"}))
-    with pytest.raises(UserError, match="cannot load the config.json.*no_such_architecture"):
+    with pytest.raises(UserError, match=r"cannot load the config\.json.*no_such_architecture"):
         load.load_config(load.resolve(str(tmp_path)))
 
 
@@ -161,12 +161,6 @@ def test_the_tokenizer_fingerprint_changes_with_what_changes_ids_only():
     other_end = tiny_tokenizer(pad_token="<end>", eos_token="the")
     changed = [load.tokenizer_fingerprint(t) for t in (other_template, more_words, other_end)]
     assert len({first, *changed}) == 4
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused():
-    load.check_vocabulary(tiny_llama(vocab=7).config, tiny_tokenizer())
-    with pytest.raises(UserError, match="7 tokens but the model's embedding only 6 rows"):
-        load.check_vocabulary(tiny_llama(vocab=6).config, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("mode", [ActivationCheckpointing.full, ActivationCheckpointing.offload])

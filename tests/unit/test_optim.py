@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dsft.config.schema import Implementation, OptimConfig, OptimName
 from dsft.errors import UserError
@@ -121,6 +121,13 @@ def test_layer_decay_counts_frozen_layers_too():
     assert rates["layer 1, decay"] == 0.5
 
 
+def test_layer_decay_puts_what_stands_beside_the_embeddings_below_the_layers():
+    model = BertModel(BertConfig(**SIZES, num_hidden_layers=2))
+    groups = names_by_group(model, OptimConfig(layer_decay=0.5))
+    assert groups["embeddings, no decay"] == {n for n, _ in model.named_parameters() if n.startswith("embeddings.")}
+    assert groups["head, decay"] == {"pooler.dense.weight"}
+
+
 def test_layer_decay_without_layers_is_refused():
     with pytest.raises(UserError, match=r"optim\.layer_decay=0\.5"):
         parameter_groups(nn.Sequential(nn.Linear(2, 2)), OptimConfig(layer_decay=0.5))
@@ -216,27 +223,32 @@ class Recorder(torch.optim.SGD):
         self.settings = settings
 
 
+ADAM, LION = {"lr": 1e-4, "betas": (0.8, 0.9), "eps": 1e-8}, {"lr": 1e-4, "betas": (0.8, 0.9)}
+
+
 @pytest.mark.parametrize(
-    ("name", "implementation", "offload", "expected"),
+    ("name", "implementation", "offload", "device", "expected", "settings"),
     [
-        ("adamw", "auto", True, "DeepSpeedCPUAdam"),
-        ("adamw", "deepspeed", True, "DeepSpeedCPUAdam"),
-        ("adamw", "deepspeed", False, "FusedAdam"),
-        ("lion", "auto", False, "DeepSpeedCPULion"),
-        ("lion", "auto", True, "DeepSpeedCPULion"),
-        ("muon", "auto", False, "MuonWithAuxAdam"),
+        ("adamw", "auto", True, "cpu", "DeepSpeedCPUAdam", ADAM),
+        ("adamw", "deepspeed", True, "cpu", "DeepSpeedCPUAdam", ADAM),
+        ("adamw", "deepspeed", False, "cpu", "FusedAdam", ADAM),
+        ("lion", "auto", False, "cpu", "DeepSpeedCPULion", LION),
+        ("lion", "auto", False, "meta", "FusedLion", LION),
+        ("lion", "auto", True, "meta", "DeepSpeedCPULion", LION),
+        ("muon", "auto", False, "cpu", "MuonWithAuxAdam", {}),
     ],
 )
-def test_the_deepspeed_class_that_fits(name, implementation, offload, expected):
+def test_the_deepspeed_class_that_fits(name, implementation, offload, device, expected, settings):
     optim = OptimConfig(name=OptimName[name], implementation=Implementation[implementation], betas=[0.8, 0.9])
-    model = tiny_llama()
-    optimizer = build(
-        parameter_groups(model, optim), optim, offload=offload, deepspeed_classes={expected: lambda: Recorder}
-    )
-    assert optimizer.settings.get("betas", (0.8, 0.9)) == (0.8, 0.9)
-    if name == "muon":
-        flagged = {n for n, p in model.named_parameters() if p.use_muon}
-        assert flagged == in_layers(MATRICES, 0, 1)
+    groups = parameter_groups(tiny_llama().to(device), optim)
+    optimizer = build(groups, optim, offload=offload, deepspeed_classes={expected: lambda: Recorder})
+    assert optimizer.settings == settings
+
+
+def test_muon_marks_its_matrices_for_zero():
+    optim, model = OptimConfig(name=OptimName.muon), tiny_llama()
+    build(parameter_groups(model, optim), optim, offload=False, deepspeed_classes={"MuonWithAuxAdam": lambda: Recorder})
+    assert {name for name, p in model.named_parameters() if p.use_muon} == in_layers(MATRICES, 0, 1)
 
 
 def test_torch_adamw_may_be_offloaded_by_choice():
@@ -261,9 +273,9 @@ def test_a_class_that_deepspeed_lacks_or_cannot_compile_is_explained():
             raise RuntimeError("Ninja is required to load C++ extensions")
 
     optim = OptimConfig(name=OptimName.muon)
-    with pytest.raises(UserError, match="no MuonWithAuxAdam.*set optim.name=adamw"):
+    with pytest.raises(UserError, match=r"no MuonWithAuxAdam.*set optim\.name=adamw"):
         groups = parameter_groups(tiny_llama(), optim)
         build(groups, optim, offload=False, deepspeed_classes={"MuonWithAuxAdam": missing})
-    with pytest.raises(UserError, match="(?s)Ninja is required.*optim.implementation=torch"):
+    with pytest.raises(UserError, match=r"(?s)Ninja is required.*optim\.implementation=torch"):
         groups = parameter_groups(tiny_llama(), OptimConfig())
         build(groups, OptimConfig(), offload=True, deepspeed_classes={"DeepSpeedCPUAdam": lambda: Uncompiled})

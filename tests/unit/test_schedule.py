@@ -177,7 +177,7 @@ def test_goes_on_bit_for_bit_from_every_step(config):
         values.append(straight.multiplier)
         straight.step()
         straight.evaluated({"eval/loss": 1 / (1 + k % 4)})
-    assert len(set(values)) > 3
+    assert len(set(values)) >= 3
     for start, state in enumerate(states):
         resumed = Schedule(config, total, steps_per_epoch)
         resumed.load_state_dict(json.loads(state))

@@ -1,0 +1,55 @@
+"""Write a checkpoint's model: `python launch/export.py run_dir=R checkpoint=best|last|N merge=true|false output=DIR`
+
+One process, no launcher, no accelerator. Only `run_dir` is needed; the rest is `last`, `true` and `run_dir/model`.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+from dsft.config import load
+from dsft.errors import UserError
+
+DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": "true", "output": None}
+
+
+def parse(argv: list[str]) -> dict:
+    """Arguments of `dsft.export.export`.
+
+    Raises:
+        UserError: An unknown key or a value that is none of its choices.
+    """
+    given = dict(DEFAULTS)
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if key not in DEFAULTS or not equals or not value:
+            near = difflib.get_close_matches(key.lstrip("-"), DEFAULTS, n=1, cutoff=0.0)
+            raise UserError(f"{argument!r} is no key=value of {', '.join(DEFAULTS)}. Nearest: {near[0]}=...")
+        given[key] = value
+    if given["run_dir"] is None:
+        raise UserError("Say which run to export: run_dir=DIR")
+    if given["merge"] not in ("true", "false"):
+        raise UserError(f"merge={given['merge']}: give true or false")
+    return {
+        "run_dir": Path(given["run_dir"]),
+        "which": given["checkpoint"],
+        "merge": given["merge"] == "true",
+        "output": given["output"] and Path(given["output"]),
+    }
+
+
+def main() -> None:
+    """Export, then say where the model is and how well it agrees."""
+    with load.reporting():
+        arguments = parse(sys.argv[1:])
+        from dsft.export import export
+
+        output, report = export(**arguments)
+        print(
+            f"{output}: reloaded logits deviate by {report.relative:.1e} (relative), "
+            f"the first guess agrees at {report.argmax_agreement:.1%} of positions"
+        )
+
+
+if __name__ == "__main__":
+    main()

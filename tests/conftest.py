@@ -1,0 +1,39 @@
+"""Fixtures that every layer of tests shares."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+
+def pytest_collection_modifyitems(items):
+    """GPU cases skip themselves where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Worlds by number of ranks, started when first asked for."""
+    from pool import Pool
+
+    started: dict[int, Pool] = {}
+
+    def get(size: int) -> Pool:
+        if size not in started:
+            started[size] = Pool(size)
+        return started[size]
+
+    yield get
+    for pool in started.values():
+        pool.close()

@@ -1,0 +1,174 @@
+"""What ranks do in the distributed tests: each function runs on every rank of a pool."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+
+from dsft.config.schema import Attention, Fp16Config, Method, OptimConfig, OptimName, Packing, TuningConfig
+from dsft.data.loader import Loader
+from dsft.data.pack import Planner
+from dsft.ds_config import build as build_ds_config
+from dsft.engine import Engine, building
+from dsft.evaluate import Evaluator
+from dsft.model import attention, tuning
+from dsft.model.load import ModelSource, load_model
+from dsft.tasks.causal_lm import CausalLM
+
+SCHEDULE = (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)
+"""Multipliers of the first steps' learning rates: any that change from step to step."""
+
+
+class Examples(list):
+    """A data set of examples with the arrays that the loader wants."""
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.lengths = np.array([len(e.ids) for e in examples], dtype=np.int32)
+        self.supervised_counts = np.array([e.supervised.sum() for e in examples], dtype=np.int32)
+
+
+def planner(examples: Examples, packing: str, global_batch_size: int) -> Planner:
+    """Rows of at most 48 tokens, packed within windows of 16 examples."""
+    return Planner(examples.lengths, Packing[packing], 48, 16, seed=3, global_batch_size=global_batch_size)
+
+
+def tuning_config(method: str, **changes) -> TuningConfig:
+    return TuningConfig(method=Method[method], rank=4, alpha=8.0, **changes)
+
+
+@contextmanager
+def engine(
+    world,
+    model_dir: str,
+    *,
+    stage: str = "zero2",
+    precision: str = "fp32",
+    micro_batch_size: int = 2,
+    accumulation: int = 1,
+    method: str = "full",
+    optim: OptimConfig | None = None,
+    chunk: int = 7,
+    fp16: Fp16Config | None = None,
+    neftune_alpha: float = 0.0,
+    checkpointing=None,
+    lora: dict[str, Any] | None = None,
+):
+    """An engine around the tiny model, taken apart again afterwards."""
+    optim = optim or OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=1.0)
+    ds = build_ds_config(
+        f"ds_configs/{stage}.json",
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        world_size=world.size,
+        precision=precision,
+        fp16=fp16 or Fp16Config(),
+        max_grad_norm=optim.max_grad_norm,
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    source = ModelSource(model_dir, None, "", model_dir)
+    with building(ds):
+        model = load_model(source, dtype, attention.NAME)
+        model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5)
+    if checkpointing is not None:
+        from dsft.model.load import activation_checkpointing
+
+        activation_checkpointing(model, checkpointing)
+    noise = tuning.add_neftune(model, neftune_alpha) if neftune_alpha else None
+    documents = partial(attention.Documents.of, kernel=Attention.per_document)
+    made = Engine(CausalLM(model, documents, chunk, noise), ds, optim, world)
+    try:
+        yield made
+    finally:
+        made.close()
+        del made, model
+        gc.collect()
+
+
+def weights(made: Engine) -> dict[str, torch.Tensor]:
+    """Whole weights by name, on the CPU."""
+    found = {}
+    for name, parameter in made.module.model.named_parameters():
+        with made.gathered([parameter]):
+            found[name] = parameter.detach().float().cpu().clone()
+    return found
+
+
+def loader(world, examples: Examples, packing: str, micro_batch_size: int, accumulation: int) -> Loader:
+    plan = planner(examples, packing, micro_batch_size * accumulation * world.size)
+    return Loader(
+        examples, examples.lengths, examples.supervised_counts, plan, world.rank, world.size, micro_batch_size, accumulation
+    )
+
+
+def train(
+    world, *, model_dir: str, steps: int, packing: str, micro_batch_size: int, accumulation: int, examples: int, **options
+) -> dict[str, Any]:
+    """Take `steps` optimizer steps; returns loss and gradient norm of each, and the weights at the end."""
+    data = Examples(tiny.examples(examples))
+    losses, norms, applied = [], [], []
+    with engine(
+        world, model_dir, micro_batch_size=micro_batch_size, accumulation=accumulation, **options
+    ) as made:
+        source = iter(loader(world, data, packing, micro_batch_size, accumulation))
+        for number in range(steps):
+            step = next(source)
+            tally, done = made.train_step(step.batches, step.supervised, SCHEDULE[number % len(SCHEDULE)])
+            sums = np.array(world.gather([float(tally.sums["nll"]), float(tally.sums["supervised"])])).sum(0)
+            assert sums[1] == step.supervised, "tokens counted in the plan and by the task differ"
+            losses.append(sums[0] / sums[1])
+            norms.append(made.grad_norm)
+            applied.append(done)
+        return {"loss": losses, "grad_norm": norms, "applied": applied, "weights": weights(made)}
+
+
+def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: int, **options) -> dict[str, float]:
+    """Evaluation metrics of the untrained model."""
+    from dsft.tracking import NullTracker
+
+    data = Examples(tiny.examples(examples))
+    with engine(world, model_dir, **options) as made:
+        evaluator = Evaluator(data, None, world, micro_batch_size, 96, 0, 0)
+        return evaluator.metrics(made, NullTracker().bar)
+
+
+def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int = 3, **options) -> dict[str, Any]:
+    """Straight: 2 x `steps`. Then save in the middle, a fresh engine, and on to the same place."""
+    from dsft import checkpoint
+    from dsft.runtime.seeds import seed_everything
+
+    data = Examples(tiny.examples(examples))
+    micro, accumulation = 2, 3
+
+    def go(made, source, first):
+        rows = []
+        for number in range(first, first + steps):
+            step = next(source)
+            tally, _ = made.train_step(step.batches, step.supervised, SCHEDULE[number])
+            rows.append((float(tally.sums["nll"]), made.grad_norm))
+        return rows
+
+    seed_everything(1)
+    with engine(world, model_dir, micro_batch_size=micro, accumulation=accumulation, **options) as made:
+        cursor = loader(world, data, "bfd", micro, accumulation)
+        source = iter(cursor)
+        go(made, source, 0)
+        path = checkpoint.save(Path(run_dir), steps, made, world, {"loader": cursor.state_dict()}, options.get("method") != "lora")
+        straight = go(made, source, steps), weights(made)
+    seed_everything(2)
+    with engine(world, model_dir, micro_batch_size=micro, accumulation=accumulation, **options) as made:
+        cursor = loader(world, data, "bfd", micro, accumulation)
+        state = checkpoint.load(path, made, world)
+        cursor.load_state_dict(state["loader"])
+        resumed = go(made, iter(cursor), steps), weights(made)
+    return {"straight": straight, "resumed": resumed, "path": str(path)}
+
+
+OPTIMIZERS = OptimName

@@ -1,0 +1,118 @@
+"""The audit adds up, and shows an example as it is learnt."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow
+from dsft.data import audit
+from dsft.data.dataset import prepare
+from dsft.types import Example
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each byte, so that every Chinese character is three."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("audit")
+    rows = [{"prompt": "床前?", "completion": "明" * n} for n in (*range(1, 21), 100, 200)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows] + ["{", '{"[red]x": 1}']
+    (root / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    skip, drop = OnBadRecord.skip, OnOverflow.drop
+    data = DataConfig(
+        train=str(root / "train.jsonl"),
+        cache_dir=str(root / "cache"),
+        max_length=128,
+        on_bad_record=skip,
+        on_overflow=drop,
+    )
+    return prepare(data, tokenizer, "t", seed=0)
+
+
+def test_the_counts_add_up(prepared):
+    train, validation, report = prepared
+    part = report["train"]
+    dropped = {audit.BAD: 2, audit.TOO_LONG: 2}
+    assert part["records_dropped"] == dropped
+    assert part["records_read"] == 24 == part["records_kept"] + part["records_held_out"] + sum(dropped.values())
+    assert (part["records_kept"], part["records_held_out"], part["records_truncated"]) == (len(train), 1, 0)
+    assert part["tokens"] == sum(len(train[i].ids) for i in range(len(train)))
+    assert part["supervised_tokens"] == sum(int(train[i].supervised.sum()) for i in range(len(train)))
+    assert part["supervised_share"] == part["supervised_tokens"] / part["tokens"]
+    assert [bad["origin"].split(":")[-1] for bad in part["bad_records"]] == ["23", "24"]
+    held_out = report["validation"]
+    assert (held_out["records_read"], held_out["records_kept"], held_out["tokens"]) == (1, 1, validation.lengths.sum())
+
+
+def test_length_percentiles_are_lengths_that_occur(prepared):
+    train, _, report = prepared
+    lengths = report["train"]["lengths"]
+    assert list(lengths) == ["min", "p5", "p25", "p50", "p75", "p95", "p99", "max"]
+    assert (lengths["min"], lengths["max"]) == (train.lengths.min(), train.lengths.max())
+    assert set(lengths.values()) <= set(train.lengths.tolist())
+    assert lengths["p50"] == sorted(train.lengths)[(len(train) - 1) // 2]
+
+
+def test_the_audit_is_json(prepared):
+    report = prepared[2]
+    assert json.loads(json.dumps(report))["train"] == report["train"]
+
+
+def test_spans_come_out_in_whole_characters(prepared, tokenizer):
+    train, _, report = prepared
+    assert audit.example_spans(train[0], tokenizer) == [
+        ("<|im_start|>user\n床前?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("明<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert report["example"] == audit.example_spans(train[0], tokenizer)
+
+
+def test_spans_make_up_the_whole_text(tokenizer):
+    ids = np.asarray(tokenizer("  月 光 moon light ")["input_ids"], dtype=np.int32)
+    supervised = np.arange(len(ids)) >= 6
+    assert (
+        "".join(text for text, _ in audit.example_spans(Example(ids, supervised), tokenizer)) == "  月 光 moon light "
+    )
+
+
+def shown(prepared, tokenizer, **kwargs):
+    file = io.StringIO()
+    train, _, report = prepared
+    audit.show(report, train[0], tokenizer, Console(file=file, width=200, **kwargs))
+    return file.getvalue()
+
+
+def test_without_colour_the_supervised_part_is_in_brackets(prepared, tokenizer):
+    text = shown(prepared, tokenizer)
+    assert "⟦明<|im_end|>⟧" in text
+    for part in ("records read", "24", audit.TOO_LONG, "supervised share", "train.jsonl:24: fields [red]x are none"):
+        assert part in text
+    assert "\x1b" not in text
+
+
+def test_with_colour_the_supervised_part_is_green(prepared, tokenizer):
+    text = shown(prepared, tokenizer, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32m明<|im_end|>\x1b[0m" in text
+    assert "⟦明" not in text

@@ -1,0 +1,313 @@
+"""The cache of tokenised data: what is kept, what is dropped and why, and when it is made anew."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow, Source, TrainOn
+from dsft.data import audit, dataset, render
+from dsft.data.dataset import prepare
+from dsft.data.shapes import to_conversation
+from dsft.data.sources import BadRecord
+from dsft.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(template=CHATML):
+    """A token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+TOKENIZER = make_tokenizer()
+
+
+def record(number):
+    return {"instruction": f"第{number}个问题?", "output": f"答案 {number}." * (number % 7 + 1)}
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    train = write(tmp_path / "train.jsonl", map(record, range(40)))
+    return DataConfig(train=train, cache_dir=str(tmp_path / "cache"), validation_share=0.1, max_length=256)
+
+
+@pytest.fixture
+def renderings(monkeypatch):
+    """Counts how many records are rendered, which a cache hit never does."""
+    calls = []
+    original = render.render
+    monkeypatch.setattr(render, "render", lambda *args: (calls.append(1), original(*args))[1])
+    return calls
+
+
+def entries(data):
+    return sorted(path for path in (dataset.Path(data.cache_dir) / "tokens").iterdir() if path.is_dir())
+
+
+def texts(part):
+    return [TOKENIZER.decode(part[i].ids.tolist()) for i in range(len(part))]
+
+
+def test_the_examples_are_those_that_rendering_gives(data):
+    train, validation, _ = prepare(replace(data, validation=data.train), TOKENIZER, "t", seed=0)
+    for part in (train, validation):
+        assert len(part) == 40
+        for number in range(40):
+            expected = render.render(to_conversation(record(number), ""), TOKENIZER, TrainOn.assistant)
+            assert part[number].ids.tolist() == expected.ids.tolist()
+            assert part[number].supervised.tolist() == expected.supervised.tolist()
+            assert part.lengths[number] == len(expected.ids)
+            assert part.supervised_counts[number] == expected.supervised.sum()
+    assert (train.lengths.dtype, train.supervised_counts.dtype, train[0].ids.dtype) == (np.int32, np.int32, np.int32)
+
+
+def test_every_record_is_either_trained_on_or_held_out(data):
+    train, validation, report = prepare(data, TOKENIZER, "t", seed=0)
+    assert (len(train), len(validation)) == (36, 4)
+    whole, none, _ = prepare(replace(data, validation_share=0.0), TOKENIZER, "t", seed=0)
+    assert none is None
+    assert sorted(texts(train) + texts(validation)) == sorted(texts(whole))
+    assert len(set(texts(train)) & set(texts(validation))) == 0
+    assert report["train"]["records_held_out"] == report["validation"]["records_kept"] == 4
+
+
+def test_the_split_depends_on_the_seed_alone_and_does_not_tokenise_again(data, renderings):
+    first, held_out, _ = prepare(data, TOKENIZER, "t", seed=0)
+    again, held_out_again, _ = prepare(data, TOKENIZER, "t", seed=0)
+    other, other_held_out, _ = prepare(data, TOKENIZER, "t", seed=1)
+    assert len(renderings) == 40
+    assert first.key == again.key != other.key != held_out.key
+    assert texts(held_out) == texts(held_out_again) != texts(other_held_out)
+
+
+@pytest.mark.parametrize(
+    ("records", "share", "held"), [(1, 0.5, 0), (2, 0.01, 1), (3, 0.99, 2), (40, 0.02, 1), (40, 0, 0)]
+)
+def test_the_size_of_the_held_out_share(tmp_path, data, records, share, held):
+    train = write(tmp_path / "few.jsonl", map(record, range(records)))
+    train, validation, _ = prepare(replace(data, train=train, validation_share=share), TOKENIZER, "t", seed=0)
+    assert (len(train), len(validation or [])) == (records - held, held)
+
+
+def test_a_second_run_reuses_the_entry_even_under_another_file_name(tmp_path, data, renderings):
+    first, _, report = prepare(data, TOKENIZER, "t", seed=0)
+    dataset.Path(data.train).rename(tmp_path / "renamed.jsonl")
+    second, _, again = prepare(replace(data, train=str(tmp_path / "renamed.jsonl")), TOKENIZER, "t", seed=0)
+    assert len(renderings) == 40
+    assert first.key == second.key
+    assert texts(first) == texts(second)
+    assert report["train"]["lengths"] == again["train"]["lengths"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 100},
+        {"train_on": TrainOn.last_assistant},
+        {"on_overflow": OnOverflow.drop},
+        {"on_bad_record": OnBadRecord.skip},
+        {"max_records": 39},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_setting_that_matters_makes_a_new_entry(data, change):
+    first, _, _ = prepare(data, TOKENIZER, "t", seed=0)
+    second, _, _ = prepare(replace(data, **change), TOKENIZER, "t", seed=0)
+    assert len(entries(data)) == 2
+    assert first.key != second.key
+
+
+def test_another_tokenizer_template_content_or_code_makes_a_new_entry(data, monkeypatch):
+    prepare(data, TOKENIZER, "t", seed=0)
+    prepare(data, TOKENIZER, "another tokenizer", seed=0)  # axolotl#1265
+    assert len(entries(data)) == 2
+    prepare(data, make_tokenizer(CHATML.replace("\n", " ")), "t", seed=0)
+    assert len(entries(data)) == 3
+    size = dataset.Path(data.train).stat()
+    text = dataset.Path(data.train).read_text(encoding="utf-8")
+    dataset.Path(data.train).write_text(text.replace("答案 1", "答案 8"), encoding="utf-8")
+    dataset.os.utime(data.train, ns=(size.st_atime_ns, size.st_mtime_ns))
+    prepare(data, TOKENIZER, "t", seed=0)
+    assert len(entries(data)) == 4
+    monkeypatch.setattr(dataset, "_code_version", lambda: "next")
+    prepare(data, TOKENIZER, "t", seed=0)
+    assert len(entries(data)) == 5
+
+
+def _cut_short(entry):
+    path = entry / "ids.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _flip(entry):
+    path = entry / "supervised.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut_short,
+        _flip,
+        lambda entry: (entry / "offsets.npy").unlink(),
+        lambda entry: (entry / "audit.json").write_text("{"),
+        lambda entry: (entry / "audit.json").write_text("{}"),
+    ],
+)
+def test_a_damaged_entry_is_built_again(data, renderings, damage):
+    before, _, _ = prepare(data, TOKENIZER, "t", seed=0)
+    expected = texts(before)
+    (entry,) = entries(data)
+    damage(entry)
+    after, _, _ = prepare(data, TOKENIZER, "t", seed=0)
+    assert len(renderings) == 80
+    assert texts(after) == expected
+    assert entries(data) == [entry]
+
+
+def test_a_build_that_fails_leaves_nothing_behind(data, monkeypatch):
+    def full_disk(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            prepare(data, TOKENIZER, "t", seed=0)
+    assert entries(data) == []
+    assert len(prepare(data, TOKENIZER, "t", seed=0)[0]) == 36
+
+
+def test_those_who_come_together_build_once(data, renderings):
+    threads = [threading.Thread(target=prepare, args=(data, TOKENIZER, "t", 0)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(renderings) == 40
+
+
+def test_one_process_and_two_write_the_same_bytes(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(dataset, "POOL_FROM", 10)
+    monkeypatch.setattr(dataset, "CHUNK", 3)
+    with open(data.train, "a", encoding="utf-8") as file:
+        file.write('{"text": \n{"instruction": "x"}\n' + json.dumps(record(41)))
+    written = {}
+    for workers in (1, 2):
+        cache = str(tmp_path / f"cache{workers}")
+        skip = replace(data, num_workers=workers, cache_dir=cache, on_bad_record=OnBadRecord.skip)
+        prepare(skip, TOKENIZER, "t", seed=0)
+        (entry,) = entries(skip)
+        written[workers] = {path.name: path.read_bytes() for path in sorted(entry.iterdir())}
+        with pytest.raises(BadRecord, match=r"train.jsonl:41: not JSON"):
+            prepare(replace(skip, on_bad_record=OnBadRecord.error), TOKENIZER, "t", seed=0)
+    assert written[1] == written[2]
+    assert set(written[1]) == {"audit.json", *(f"{name}.npy" for name in dataset.ARRAYS)}
+
+
+def test_a_bad_record_stops_the_run_or_is_counted_and_listed(tmp_path, data):
+    rows = [record(0), {"instruction": "no output"}, record(1), *[{"messages": []}] * audit.MAX_LISTED, record(2)]
+    data = replace(data, train=write(tmp_path / "bad.jsonl", rows), validation_share=0)
+    with pytest.raises(
+        BadRecord, match=r"bad.jsonl:2: field `output` is missing beside `instruction` .*on_bad_record=skip"
+    ):
+        prepare(data, TOKENIZER, "t", seed=0)
+    train, _, report = prepare(replace(data, on_bad_record=OnBadRecord.skip), TOKENIZER, "t", seed=0)
+    assert texts(train) == [
+        TOKENIZER.decode(render.render(to_conversation(record(n), ""), TOKENIZER, TrainOn.all).ids.tolist())
+        for n in range(3)
+    ]
+    assert report["train"]["records_dropped"] == {audit.BAD: 1 + audit.MAX_LISTED}
+    assert len(report["train"]["bad_records"]) == audit.MAX_LISTED
+    assert report["train"]["bad_records"][0] == {
+        "origin": f"{tmp_path}/bad.jsonl:2",
+        "problem": "field `output` is missing beside `instruction`",
+    }
+
+
+def chat(question, answer):
+    return {"prompt": "q" * question, "completion": "a" * answer}
+
+
+def test_records_that_do_not_fit_are_cut_dropped_or_refused(tmp_path, data):
+    # one token per byte, and 19 for the question's frame and the answer's header
+    rows = [chat(10, 10), chat(10, 300), chat(300, 10)]
+    data = replace(data, train=write(tmp_path / "long.jsonl", rows), validation_share=0, max_length=64)
+    train, _, report = prepare(data, TOKENIZER, "t", seed=0)
+    assert train.lengths.tolist()[1:] == [64]
+    assert TOKENIZER.decode(train[1].ids[train[1].supervised].tolist()) == "a" * train.supervised_counts[1]
+    assert (train[0].truncated, train[1].truncated) == (False, True)
+    assert report["train"]["records_truncated"] == 1
+    assert report["train"]["records_dropped"] == {audit.CUT_OFF: 1}
+    _, _, report = prepare(replace(data, on_overflow=OnOverflow.drop), TOKENIZER, "t", seed=0)
+    assert report["train"]["records_dropped"] == {audit.TOO_LONG: 2}
+    with pytest.raises(UserError, match=r"long.jsonl:2: 3\d\d tokens, but data.max_length is 64"):
+        prepare(replace(data, on_overflow=OnOverflow.error), TOKENIZER, "t", seed=0)
+
+
+def test_a_data_set_without_a_label_is_refused(tmp_path, data):
+    data = replace(data, train=write(tmp_path / "masked.jsonl", [chat(300, 1)] * 3), max_length=64)
+    with pytest.raises(UserError, match=r"every label is masked; no token of 3 records .*3 no supervised tokens left"):
+        prepare(data, TOKENIZER, "t", seed=0)
+    marks = CHATML.replace("{{ m.content }}", "{{ m.content }}{% generation %}{% endgeneration %}")
+    with pytest.raises(UserError, match=r"every label is masked.*marks enclose nothing"):
+        prepare(replace(data, max_length=512), make_tokenizer(marks.replace("<|im_end|>", "")), "t", seed=0)
+    assert entries(data) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"no record is left of 0 read \(it is empty\)"),
+        ([{"a": 1}], r"no record is left of 1 read \(1 malformed.*\n.*:1: fields a are none"),
+    ],
+)
+def test_a_data_set_without_records_is_refused(tmp_path, data, rows, message):
+    data = replace(data, train=write(tmp_path / "none.jsonl", rows), on_bad_record=OnBadRecord.skip)
+    with pytest.raises(UserError, match=message):
+        prepare(data, TOKENIZER, "t", seed=0)
+
+
+def test_max_records_takes_the_first_of_training_alone(data):
+    data = replace(data, validation=data.train, max_records=5)
+    train, validation, report = prepare(data, TOKENIZER, "t", seed=0)
+    assert (len(train), len(validation)) == (5, 40)
+    assert texts(train) == texts(validation)[:5]
+    assert report["train"]["records_read"] == 5
+
+
+def test_documentation_needs_no_file(data, monkeypatch):
+    raws = [
+        dataset.Raw(
+            {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "doc"}]}, f"pydoc:{n}"
+        )
+        for n in range(4)
+    ]
+    monkeypatch.setattr(dataset.pydoc, "records", lambda packages: iter(raws))
+    monkeypatch.setattr(dataset.pydoc, "fingerprint", lambda packages: "docs")
+    train, validation, report = prepare(replace(data, source=Source.pydoc, train=None), TOKENIZER, "t", seed=0)
+    assert (len(train), len(validation), report["train"]["source"]) == (3, 1, "pydoc")
+    with pytest.raises(UserError, match=r"data\.train is not set"):
+        prepare(replace(data, train=None), TOKENIZER, "t", seed=0)
