@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +49,25 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
     """
     final = run_dir / "checkpoints" / f"step-{step:06d}"
     part = final.with_name(final.name + ".part")
-    if world.is_main:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    world.barrier()
-    error = None
+    meta = {"step": step, "world_size": world.size, "zero_stage": engine.stage, "frozen": frozen, **state}
     try:
-        engine.save(str(part), TAG, frozen)
-        torch.save(random_state(), part / f"rank-{world.rank}.pt")
-    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
-        error = f"cannot write the checkpoint {final}: {problem}"
-    world.all_succeed(error)
-    hashes = _hash_share(part, world)
-    if world.is_main:
-        meta = {"step": step, "world_size": world.size, "zero_stage": engine.stage, "frozen": frozen, **state}
-        write_json(part / "state.json", meta)
-        hashes["state.json"] = _describe(part / "state.json")
-        write_json(part / MANIFEST, {"step": step, "files": dict(sorted(hashes.items()))})
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        _sync_directory(final.parent)
-    world.barrier()
+        with _together(world, final):
+            if world.is_main:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+        with _together(world, final):
+            engine.save(str(part), TAG, frozen)
+            torch.save(random_state(), part / f"rank-{world.rank}.pt")
+        with _together(world, final):
+            mine = _describe_share(part, world)
+        shares = world.gather_objects(mine)
+        with _together(world, final):
+            if world.is_main:
+                _publish(part, final, meta, {name: about for share in shares for name, about in share.items()})
+    except UserError:
+        if world.is_main:
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk every byte of it is in the way
+        raise
     return final
 
 
@@ -180,11 +180,31 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in named.items()}
 
 
-def _hash_share(directory: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file below `directory`; ranks share the work. All get the whole."""
+@contextmanager
+def _together(world: World, final: Path) -> Iterator[None]:
+    """Inside, a failure to write on one rank is a UserError on every rank, so that nobody waits for it."""
+    error = None
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
+        error = f"cannot write the checkpoint {final}: {problem}"
+    world.all_succeed(error)
+
+
+def _describe_share(directory: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and hash of this rank's share of the files below `directory`."""
     files = sorted(p for p in directory.rglob("*") if p.is_file())
-    mine = {str(p.relative_to(directory)): _describe(p) for p in files[world.rank :: world.size]}
-    return {name: about for share in world.gather_objects(mine) for name, about in share.items()}
+    return {str(p.relative_to(directory)): _describe(p) for p in files[world.rank :: world.size]}
+
+
+def _publish(part: Path, final: Path, meta: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Add the plain part and the manifest, and let the whole take its name."""
+    write_json(part / "state.json", meta)
+    files["state.json"] = _describe(part / "state.json")
+    write_json(part / MANIFEST, {"step": meta["step"], "files": dict(sorted(files.items()))})
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    _sync_directory(final.parent)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,9 @@ from dsft.metrics import Tally
 from dsft.optim import apply, build, parameter_groups
 from dsft.runtime.world import World
 from dsft.types import Batch
+
+# DeepSpeed calls torch's collectives by names that torch 2.13 warns about, at every step
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
     "FusedAdam": lambda: deepspeed.ops.adam.FusedAdam,
@@ -79,6 +83,9 @@ class Engine:
             deepspeed_classes=DEEPSPEED_CLASSES,
         )
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        if self._plain:
+            # `_update_plain` clips, as it has the norm anyway
+            self._engine._config.gradient_clipping = 0.0
         self.skipped_steps = 0
         self.grad_norm = math.nan
 
@@ -109,10 +116,11 @@ class Engine:
         self._engine.train()
         apply(self._optimizer.param_groups, lr_multiplier)
         tally = Tally()
+        weight = self._unapplied_scale() * self.world.size / supervised
         for batch in batches:
             loss, part = self._engine(batch.to(self.world.device))
             tally.add(part)
-            self._engine.backward((loss * (self.world.size / supervised)).float(), scale_wrt_gas=False)
+            self._engine.backward((loss * weight).float(), scale_wrt_gas=False)
             if batch is batches[-1]:
                 applied = self._update()
             else:
@@ -124,22 +132,28 @@ class Engine:
         if self._plain:
             applied = self._update_plain()
         else:
-            # an fp16 optimizer without ZeRO forgets to take the loss scale out of the norm
-            scale = self.loss_scale if self._half_stage_0 else 1.0
+            scale = self._unapplied_scale()
             self._engine.step()
             self.grad_norm = float(self._engine.get_global_grad_norm()) / scale
             applied = self._engine.was_step_applied()
         self.skipped_steps += not applied
         return applied
 
+    def _unapplied_scale(self) -> float:
+        """fp16 without ZeRO: DeepSpeed 0.19.8 divides the gradient by a loss scale that it never multiplied in."""
+        return self.loss_scale if self._half_stage_0 else 1.0
+
     def _update_plain(self) -> bool:
         """fp32 without ZeRO: DeepSpeed neither tells the norm nor skips a step whose gradient is not finite."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self.grad_norm = float(nn.utils.get_total_norm(gradients))
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = float(norm)
         finite = math.isfinite(self.grad_norm)
         if not finite:
             # a step with rate and decay 0 would still spoil the moments: let it find no gradient at all
             self._engine.zero_grad()
+        elif self._clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
         self._engine.step()
         return finite
 
@@ -184,7 +198,7 @@ class Engine:
             UserError: DeepSpeed found nothing that it could load.
         """
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=frozen or self.stage == 3)
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=frozen)
         # the config of today counts, not the learning rate that was saved
         for group, settings in zip(self._optimizer.param_groups, fresh, strict=True):
             group.update(settings)

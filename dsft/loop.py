@@ -129,8 +129,6 @@ class Loop:
         self.save_frozen = save_frozen
         self.extra_state = extra_state
         self.counters = Counters()
-        self._saved_step: int | None = None
-        self._evaluated_step: int | None = None
         self._interval = Interval()
 
     def run(self) -> str | None:
@@ -144,15 +142,20 @@ class Loop:
             self.sample()
         if self.counters.step < self.total_steps and self.counters.finished == "steps":
             self.counters.finished = None  # the run was made longer
+        if self.counters.finished:
+            self.tracker.note(f"this run is finished ({self.counters.finished}); nothing is left to train")
         steps = iter(self.loader)
         while self.counters.step < self.total_steps and not self.counters.finished:
             signal = self.one_step(next(steps))
-            improved = self._due(self.train.eval_every) and self.evaluate()
-            if improved or self._due(self.train.save_every) or signal:
+            last = self.counters.step == self.total_steps
+            improved = (last or self._due(self.train.eval_every)) and self.evaluate()
+            if last:
+                self.counters.finished = "steps"
+            if improved or signal or self.counters.finished or self._due(self.train.save_every):
                 self.save()
             if signal:
                 return signal
-        self.finish()
+        self.sample()
         return None
 
     def one_step(self, step: Step) -> str | None:
@@ -178,7 +181,6 @@ class Loop:
             return False
         metrics = self.evaluator.metrics(self.engine, self.tracker.bar)
         self.tracker.write({"step": self.counters.step, **metrics})
-        self._evaluated_step = self.counters.step
         if self.counters.step == 0:
             return False
         self.schedule.evaluated(metrics)
@@ -190,9 +192,7 @@ class Loop:
             self.tracker.samples(self.counters.step, self.evaluator.answers(self.engine))
 
     def save(self) -> None:
-        """Publish a checkpoint of this step, once, and thin out the old ones."""
-        if self._saved_step == self.counters.step:
-            return
+        """Publish a checkpoint of this step, and thin out the old ones."""
         state = {
             **asdict(self.counters),
             "loader": self.loader.state_dict(),
@@ -201,7 +201,6 @@ class Loop:
             **self.extra_state(),
         }
         path = checkpoint.save(self.run_dir, self.counters.step, self.engine, self.world, state, self.save_frozen)
-        self._saved_step = self.counters.step
         if self.world.is_main:
             checkpoint.retain(self.run_dir, self.train.keep_last, self.counters.best_step)
         self.tracker.note(f"saved {path}")
@@ -213,18 +212,7 @@ class Loop:
         self.loader.load_state_dict(state["loader"])
         self.schedule.load_state_dict(state["schedule"])
         self._interval = Interval.of(state["intervals"][self.world.rank], self.world.device)
-        self._saved_step = self._evaluated_step = self.counters.step
         return state
-
-    def finish(self) -> None:
-        """The end of a run: a last evaluation, a last checkpoint, sample answers."""
-        if not self.counters.finished:
-            self.counters.finished = "steps"
-            if self._evaluated_step != self.counters.step:
-                self.evaluate()
-                self.counters.finished = "steps"
-        self.save()
-        self.sample()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.counters.step % every == 0
@@ -292,9 +280,9 @@ class Loop:
         if limit and self.counters.skipped_in_row >= limit:
             scale = self.engine.loss_scale
             cause = (
-                f"the fp16 loss scale has fallen to {scale:g}: gradients overflow; use precision=bf16 or a lower optim.lr"
+                f"the fp16 loss scale fell to {scale:g}: gradients overflow; use precision=bf16 or a lower optim.lr"
                 if scale is not None
-                else "loss or gradient is not finite: lower optim.lr, set optim.max_grad_norm, or look for broken records"
+                else "loss or gradient is not finite: lower optim.lr, set optim.max_grad_norm, look for broken records"
             )
             raise UserError(
                 f"{limit} steps in a row were skipped, the last one step {self.counters.step} "

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +39,7 @@ from dsft.runtime.files import write_json, write_text
 from dsft.runtime.place import Place, discover
 from dsft.runtime.seeds import seed_everything
 from dsft.runtime.signals import REQUEUE_CODE, StopRequest
-from dsft.runtime.world import World, computes_bf16, describe, join, leave
+from dsft.runtime.world import World, computes_bf16, computes_fp16, describe, join, leave
 from dsft.tasks.causal_lm import CausalLM
 from dsft.tracking import NullTracker, Progress, Tracker, WandbSink
 from dsft.tracking.report import summary, write_report
@@ -101,7 +101,7 @@ def _run(config: Config, place: Place) -> int:
         world.agree("the training data", train_set.key)
         seed_everything(config.train.seed, config.train.deterministic)
         engine = _engine(config, ds, source, precision, world)
-        resume_from = world.broadcast(_resume_from(config, run_dir) if world.is_main else None)
+        resume_from = _from_main(world, partial(_resume_from, config, run_dir))
         saved = checkpoint.read_state(resume_from) if resume_from else {}
         tracker = _tracker(config, run_dir, world, total_steps, saved)
         environment = _environment(world)
@@ -135,7 +135,7 @@ def _run(config: Config, place: Place) -> int:
             extra_state=lambda: {"data": train_set.key, "wandb_id": world.broadcast(tracker.run_id)},
         )
         if resume_from:
-            _resume(the_loop, Path(resume_from), train_set.key, tracker)
+            _resume(the_loop, resume_from, train_set.key, tracker)
         signal = the_loop.run()
         if signal is None and config.train.export:
             _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
@@ -235,6 +235,8 @@ def _environment(world: World) -> dict[str, Any]:
 def _precision(wanted: Precision) -> Precision:
     if wanted is Precision.auto:
         return Precision.bf16 if computes_bf16() else Precision.fp32
+    if wanted is Precision.fp16 and not computes_fp16():
+        raise UserError("precision=fp16: this CPU has no fp16 arithmetic. Use precision=bf16 or precision=fp32.")
     return wanted
 
 
@@ -269,7 +271,19 @@ def _only_run(run_dir: Path, place: Place) -> Iterator[None]:
         lock.release()
 
 
-def _resume_from(config: Config, run_dir: Path) -> str | None:
+def _from_main(world: World, make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every rank; its UserError is everyone's, so that nobody waits for rank 0."""
+    made = error = None
+    if world.is_main:
+        try:
+            made = make()
+        except UserError as problem:
+            error = str(problem)
+    world.all_succeed(error)
+    return world.broadcast(made)
+
+
+def _resume_from(config: Config, run_dir: Path) -> Path | None:
     """The checkpoint to go on from; only rank 0 decides.
 
     Raises:
@@ -284,12 +298,11 @@ def _resume_from(config: Config, run_dir: Path) -> str | None:
             )
         return None
     if config.train.resume == "auto":
-        found = checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
-        return str(found) if found else None
+        return checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
     path = Path(config.train.resume).expanduser().absolute()
     if problem := checkpoint.damage(path):
         raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
-    return str(path)
+    return path
 
 
 def _resume(the_loop: loop.Loop, path: Path, data_key: str, tracker) -> None:

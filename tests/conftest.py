@@ -24,13 +24,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def pools():
-    """Worlds by number of ranks, started when first asked for."""
+    """Worlds by number of ranks, started when first asked for, and again after a case that broke one."""
     from pool import Pool
 
     started: dict[int, Pool] = {}
 
     def get(size: int) -> Pool:
-        if size not in started:
+        if size not in started or not started[size].alive:
             started[size] = Pool(size)
         return started[size]
 

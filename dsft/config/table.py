@@ -1,17 +1,24 @@
-"""The README's table of settings, made from the schema: `python -m dsft.config.table`."""
+"""The README's table of settings, made from the schema: `python -m dsft.config.table [FILE ...]`.
+
+Without files it prints the table, else it puts the table between each file's two MARKs.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import omegaconf
 
 from dsft.config import schema
+
+MARK = "<!-- config table -->\n"
 
 
 def markdown_table() -> str:
@@ -23,6 +30,12 @@ def markdown_table() -> str:
             lines += [f"| **{field.name}** | | |", *_rows(hints[field.name], f"{field.name}.")]
     lines += ["| **run** | | |", *_rows(schema.Config, "")]
     return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """`text` with what stands between its two MARKs replaced by the table of today."""
+    before, _, after = text.split(MARK)
+    return f"{before}{MARK}\n{markdown_table()}\n{MARK}{after}"
 
 
 def docstrings(section: type) -> dict[str, str]:
@@ -62,4 +75,7 @@ def _choices(hint: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown_table(), end="")
+    if not sys.argv[1:]:
+        print(markdown_table(), end="")
+    for file in map(Path, sys.argv[1:]):
+        file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")

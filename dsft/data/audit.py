@@ -110,8 +110,7 @@ def _coloured(spans: list[tuple[str, bool]], console: Console) -> Text:
     text = Text()
     in_colour = console.color_system is not None and not console.no_color
     for piece, supervised in spans:
-        if supervised and not in_colour:
-            piece = f"⟦{piece}⟧"
-        text.append(piece, style="bold green" if supervised and in_colour else "")
+        marked = f"⟦{piece}⟧" if supervised and not in_colour else piece
+        text.append(marked, style="bold green" if supervised and in_colour else "")
     text.append("\nsupervised: " + ("green" if in_colour else "in ⟦ ⟧"), style="dim")
     return text

@@ -145,7 +145,7 @@ def _recipe(data: DataConfig, tokenizer: PreTrainedTokenizerFast, tokenizer_fing
 @cache
 def _code_version() -> str:
     here = Path(__file__).parent
-    names = ("sources", "shapes", "pydoc", "render", "dataset")
+    names = ("sources", "shapes", "pydoc", "render", "dataset", "audit")
     texts = [(here / f"{name}.py").read_text(encoding="utf-8") for name in names]
     return _hash("\0".join([*texts, transformers.__version__, tokenizers.__version__]).encode())
 
@@ -220,7 +220,7 @@ def _build(
         (building / "audit.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
         building.chmod(0o755)  # mkdtemp makes it private; colleagues may share the cache
         shutil.rmtree(directory, ignore_errors=True)
-        os.rename(building, directory)
+        building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

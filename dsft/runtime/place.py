@@ -22,6 +22,7 @@ class Place:
         master_addr: Host of rank 0.
         master_port: Port on which ranks meet.
         launcher: Who said so: `environment`, `slurm`, `mpi` or `single`.
+        local_size: How many ranks this host has, as far as the launcher says.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class Place:
     master_addr: str
     master_port: int
     launcher: str
+    local_size: int = 1
 
     def export(self) -> None:
         """Put the place into the environment, where torch and DeepSpeed look for it."""
@@ -72,6 +74,7 @@ def _from_environment(env: Mapping[str, str]) -> Place:
         env.get("MASTER_ADDR", "127.0.0.1"),
         int(env.get("MASTER_PORT") or free_port()),
         "environment",
+        int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or 1),
     )
 
 
@@ -91,6 +94,8 @@ def _from_slurm(env: Mapping[str, str]) -> Place:
         master,
         port,
         "slurm",
+        # "4(x2),3" for two nodes of 4 tasks and one of 3
+        max(int(part.split("(")[0]) for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")),
     )
 
 
@@ -107,7 +112,7 @@ def _from_mpi(env: Mapping[str, str]) -> Place:
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     host, port = world.bcast((socket.gethostname(), free_port()) if world.Get_rank() == 0 else None)
-    return Place(world.Get_rank(), local.Get_rank(), size, host, port, "mpi")
+    return Place(world.Get_rank(), local.Get_rank(), size, host, port, "mpi", local.Get_size())
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ Collectives move small host values (a few numbers, a string); gradients and weig
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from dsft.errors import UserError
 from dsft.runtime.place import Place
@@ -109,6 +111,9 @@ def join(place: Place, timeout: timedelta = TIMEOUT) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # ranks that each take all cores only get into each other's way
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
         # serves DeepSpeed's inference only, and would be compiled for a minute first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -140,6 +145,11 @@ def computes_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def computes_fp16() -> bool:
+    """Whether DeepSpeed can train in fp16 here: any GPU, and CPUs with fp16 arithmetic."""
+    return get_accelerator().is_fp16_supported()
 
 
 def peak_memory(device: torch.device) -> int:

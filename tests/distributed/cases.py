@@ -12,7 +12,7 @@ import numpy as np
 import tiny
 import torch
 
-from dsft.config.schema import Attention, Fp16Config, Method, OptimConfig, OptimName, Packing, TuningConfig
+from dsft.config.schema import Attention, Fp16Config, Method, OptimConfig, Packing, TuningConfig
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -171,4 +171,44 @@ def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int 
     return {"straight": straight, "resumed": resumed, "path": str(path)}
 
 
-OPTIMIZERS = OptimName
+def generate(world, *, model_dir: str, prompts: list[list[int]], **options) -> list[list[int]]:
+    """Greedy answers of 8 tokens."""
+    from dsft.types import Example
+
+    class Keep:
+        """A tokenizer that shows tokens as they are."""
+
+        pad_token_id = 0
+
+        def decode(self, ids, **_):
+            return list(ids)
+
+    data = Examples([Example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
+    with engine(world, model_dir, **options) as made:
+        evaluator = Evaluator(data, Keep(), world, None, 96, len(prompts), 8)
+        return [sample["answer"] for sample in evaluator.answers(made)]
+
+
+def load_error(world, *, model_dir: str, path: str, **options) -> str:
+    """The message with which a checkpoint is refused."""
+    from dsft import checkpoint
+    from dsft.errors import UserError
+
+    with engine(world, model_dir, **options) as made:
+        try:
+            checkpoint.load(Path(path), made, world)
+        except UserError as error:
+            return str(error)
+    return "it was loaded"
+
+
+def nan_step(world, *, model_dir: str, **options) -> tuple[float, float, bool, float]:
+    """A step whose loss is NaN on one rank only; returns a digest of the weights before and after."""
+    data = Examples(tiny.examples(8))
+    with engine(world, model_dir, micro_batch_size=4, **options) as made:
+        step = next(iter(loader(world, data, "none", 4, 1)))
+        before = sum(float(w.double().abs().sum()) for w in weights(made).values())
+        supervised = float("nan") if world.rank == world.size - 1 else step.supervised
+        _, applied = made.train_step(step.batches, supervised, 1.0)
+        after = sum(float(w.double().abs().sum()) for w in weights(made).values())
+        return before, after, applied, made.grad_norm

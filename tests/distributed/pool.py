@@ -55,11 +55,20 @@ class Pool:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise AssertionError(f"rank {rank} did not finish within {seconds} s\n{self._dump()}")
+                stacks = self._dump()
+                self.close()
+                raise AssertionError(f"rank {rank} did not finish within {seconds} s\n{stacks}")
             ok, value = pipe.recv()
             (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
-        assert not failures, "\n".join(failures)
+        if failures:
+            self.close()  # ranks may have parted in the middle of a collective
+            raise AssertionError("\n".join(failures))
         return results
+
+    @property
+    def alive(self) -> bool:
+        """Whether the ranks can take another case."""
+        return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
         """End all ranks."""
@@ -73,23 +82,24 @@ class Pool:
         for process in self._processes:
             os.kill(process.pid, signal.SIGUSR2)
         time.sleep(1)
-        text = "\n".join(f"--- rank {rank}\n{stack.read_text()}" for rank, stack in enumerate(self._stacks))
-        for process in self._processes:
-            process.kill()
-        return text
+        return "\n".join(f"--- rank {rank}\n{stack.read_text()}" for rank, stack in enumerate(self._stacks))
 
 
 def _rank(rank: int, size: int, port: int, pipe, stack: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Muon would be compiled for a minute
     file = Path(stack).open("w")  # noqa: SIM115 - lives as long as the process
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     from dsft.runtime.place import Place
     from dsft.runtime.world import join
 
     torch.set_num_threads(1)
     world = join(Place(rank, rank, size, "127.0.0.1", port, "environment"))
+    # torch computes fp16 on every CPU, if slowly; DeepSpeed wants one that is built for it
+    get_accelerator().is_fp16_supported = lambda: True
     while True:
         try:
             case, arguments = pipe.recv()

@@ -212,7 +212,7 @@ def test_those_who_come_together_build_once(data, renderings):
 def test_one_process_and_two_write_the_same_bytes(tmp_path, data, monkeypatch):
     monkeypatch.setattr(dataset, "POOL_FROM", 10)
     monkeypatch.setattr(dataset, "CHUNK", 3)
-    with open(data.train, "a", encoding="utf-8") as file:
+    with dataset.Path(data.train).open("a", encoding="utf-8") as file:
         file.write('{"text": \n{"instruction": "x"}\n' + json.dumps(record(41)))
     written = {}
     for workers in (1, 2):

@@ -293,6 +293,7 @@ def test_verification_refuses_logits_that_are_not_numbers(tmp_path):
 def run_dir(tmp_path, monkeypatch) -> Path:
     """A finished bf16 LoRA run, its checkpoint read as DeepSpeed's fp32 masters of the trained weights alone."""
     config = Config()
+    config.deepspeed.json = "zero2.json"
     config.model.path = str(tiny.save(tmp_path / "base"))
     config.tuning = TuningConfig(method=Method.lora, rank=4)
     model = loading.load_model(loading.resolve(config.model.path), torch.bfloat16, "eager")
@@ -321,12 +322,12 @@ def test_a_checkpoint_becomes_a_merged_model_or_adapters(run_dir):
 
 def test_a_damaged_checkpoint_is_not_exported(run_dir, monkeypatch):
     monkeypatch.setattr(command.checkpoint, "damage", lambda path: "state.json is missing")
-    with pytest.raises(UserError, match="last is no whole checkpoint: state.json is missing"):
+    with pytest.raises(UserError, match=r"last is no whole checkpoint: state\.json is missing"):
         command.export(run_dir)
 
 
 def test_adapters_alone_need_adapters(run_dir):
-    (run_dir / "config.yaml").write_text("model: {path: somewhere}", encoding="utf-8")
+    (run_dir / "config.yaml").write_text("{model: {path: somewhere}, deepspeed: {json: zero2.json}}", encoding="utf-8")
     with pytest.raises(UserError, match="run with tuning=full"):
         command.export(run_dir, merge=False)
 
