@@ -312,6 +312,11 @@ def _zero(config: Config, ds: dict[str, Any]) -> Iterator[str]:
             f"{json}: zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3, not 0: choose "
             "deepspeed=zero2_offload, or remove the block."
         )
+    if config.optim.name is OptimName.muon and config.optim.max_grad_norm > 0:
+        yield (
+            f"optim.name=muon with optim.max_grad_norm={config.optim.max_grad_norm}: DeepSpeed clips Muon's gradient "
+            "before orthogonalising it or after, depending on the ZeRO stage. Set optim.max_grad_norm=0."
+        )
     if config.optim.name is OptimName.muon and now == 3 and ds["zero_optimization"].get("reduce_scatter", True):
         yield (
             f"optim.name=muon needs whole gradients, and {json} scatters them (zero_optimization.reduce_scatter): "

@@ -8,7 +8,7 @@ use it under the attention name NAME, so no model is touched.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,15 @@ from dsft.errors import UserError
 NAME = "dsft"
 """The `attn_implementation` under which transformers finds this module."""
 
-KNOWN_ARGUMENTS = {"documents", "is_causal", "position_ids", "use_cache", "sliding_window", "cache_position"}
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "output_hidden_states",
+}
+"""Keyword arguments that models hand down to their attention, though they have no say in its result."""
 
 
 @dataclass
@@ -33,14 +41,11 @@ class Documents:
         lengths: Tokens of each document.
         cu_seqlens: int32, shape (documents + 1,): cumulative lengths, on the device.
         kernel: Which kernel attends.
-        visits: How many attention layers have used it; 0 after a forward pass means that the model's code does not
-            hand keyword arguments down, and documents would have seen each other.
     """
 
     lengths: list[int]
     cu_seqlens: torch.Tensor
     kernel: Attention
-    visits: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, kernel: Attention) -> Documents:
@@ -79,6 +84,7 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     documents: Documents | None = None,
     sliding_window: int | None = None,
     **rest,
@@ -92,10 +98,11 @@ def attention(
         value: The same shape as `key`.
         attention_mask: Used only without `documents` (generation).
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
-        dropout: Dropout on the attention weights.
+        dropout: Dropout on the attention weights; refused with `documents`.
+        is_causal: Whether tokens see only what comes before; None asks the module.
         documents: Where the documents lie; None hands over to transformers' own SDPA.
         sliding_window: How many tokens back a token sees, itself included; None for all.
-        rest: What else a model may hand over; anything that would change the result is refused.
+        rest: What else a model may hand over; anything that could change the result is refused.
 
     Returns:
         Output of shape (1, tokens, heads, head_dim), and None for the weights.
@@ -103,19 +110,41 @@ def attention(
     Raises:
         UserError: The model asks for an attention variant that is not implemented here.
     """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if documents is None:
-        if module.training:
+        unmasked = attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window
+        if module.training or unmasked:
             raise UserError(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
-    changing = {k for k, v in rest.items() if v is not None and k not in KNOWN_ARGUMENTS}
-    if unsupported := changing & {"softcap", "s_aux", "sinks"} | ({"dropout"} if dropout else set()):
-        raise UserError(f"attention with {', '.join(sorted(unsupported))} is not supported by {type(module).__name__}")
-    documents.visits += 1
+        options = {
+            "scaling": scaling,
+            "dropout": dropout,
+            "is_causal": causal,
+            "sliding_window": sliding_window,
+            **rest,
+        }
+        return sdpa(module, query, key, value, attention_mask, **options)
+    asked = {"is_causal=False": not causal, "attention_mask": attention_mask, "dropout": dropout or None, **rest}
+    _refuse_what_is_missing(module, asked, max(documents.lengths))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents.kernel is Attention.per_document:
         return _per_document(query, key, value, documents.lengths, scale, sliding_window), None
     return _variable_length(query, key, value, documents, scale, sliding_window), None
+
+
+def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) -> None:
+    """Refuse a layer that asks for more than plain causal attention, rather than give it something else."""
+    missing = sorted(
+        name for name, value in asked.items() if value is not None and value is not False and name not in HARMLESS
+    )
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk and longest > chunk:
+        missing.append(f"attention_chunk_size={chunk} (the longest document has {longest} tokens)")
+    if missing:
+        raise UserError(
+            f"{type(module).__name__} asks for attention with {', '.join(missing)}, which is not supported here. "
+            "Use another model, or set it to 0 in the model's config.json if it is a dropout."
+        )
 
 
 def _per_document(query, key, value, lengths, scale, window) -> torch.Tensor:

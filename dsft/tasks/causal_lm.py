@@ -10,6 +10,9 @@ from dsft.metrics import Tally
 from dsft.tasks.nll import nll_of_logits, plain_head
 from dsft.types import IGNORE_INDEX, Batch
 
+PROBE = 8
+"""Tokens of each of the two documents by which a model shows that it keeps documents apart."""
+
 
 class CausalLM(nn.Module):
     """A model with its loss, as the one module that the engine trains.
@@ -39,8 +42,10 @@ class CausalLM(nn.Module):
             `nll`, `correct` and `supervised`.
 
         Raises:
-            UserError: The model's code does not pass the document boundaries on to its attention.
+            UserError: On the first call: this model's documents would see each other.
         """
+        if not self._checked:
+            self._check(batch.input_ids.device)
         documents = self._documents(batch.lengths, batch.input_ids.device)
         if self._neftune is not None:
             self._neftune.lengths = batch.lengths
@@ -51,7 +56,6 @@ class CausalLM(nn.Module):
         at = at if batch.supervised else torch.zeros(1, dtype=torch.int64, device=at.device)
         targets = batch.labels[0, at].clamp(min=0)
         nll, correct = self._nll(batch, documents, at, targets)
-        self._check(documents)
         loss = nll * weight
         count = torch.tensor(float(batch.supervised), dtype=torch.float64, device=loss.device)
         return loss, Tally({"nll": loss.detach(), "correct": correct * weight, "supervised": count})
@@ -66,17 +70,39 @@ class CausalLM(nn.Module):
         head = self._head[0]
         if head is None:
             return nll_of_logits(self.model(**inputs, logits_to_keep=at).logits[0], targets)
-        causal = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        hidden = causal.base_model(**inputs).last_hidden_state[0]
+        hidden = _plain(self.model).base_model(**inputs).last_hidden_state[0]
         return head(hidden[at], targets, self._chunk)
 
-    def _check(self, documents) -> None:
-        if not self._checked and documents.visits == 0:
+    @torch.no_grad()
+    def _check(self, device: torch.device) -> None:
+        """Compare two documents in one row with the same two alone, under transformers' own attention.
+
+        Not every model can keep documents apart: some do not hand the boundaries down, some count positions by
+        themselves, and recurrent or convolutional layers run on across the boundary.
+        """
+        training = self.training
+        self.eval()
+        ids = torch.arange(2 * PROBE, device=device) % self.model.config.get_text_config().vocab_size
+        positions = torch.arange(PROBE, device=device).repeat(2)
+        documents = self._documents([PROBE, PROBE], device)
+        row = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, documents=documents)
+        pair = ids.view(2, PROBE)
+        alone = self.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False)
+        self.train(training)
+        expected = alone.logits.flatten(0, 1).float()
+        deviation = float((row.logits[0].float() - expected).norm() / expected.norm())
+        # rounding stays well below the root of the type's precision, and a leak far above
+        if not deviation < torch.finfo(alone.logits.dtype).eps ** 0.5:
             raise UserError(
-                f"{type(self.model).__name__} does not hand document boundaries down to its attention, so documents "
-                "in a row would see each other. Use another model, or batch.micro_batch_size=1 with data.packing=none."
+                f"{type(_plain(self.model)).__name__} does not keep the documents of a row apart: its answers in a row "
+                f"and alone deviate by {deviation:.1e} (relative). Use another model."
             )
         self._checked = True
+
+
+def _plain(model):
+    """The transformers model inside its adapters, if there are any."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _inputs(batch: Batch, documents) -> dict:

@@ -143,7 +143,7 @@ def test_refusal_names_the_settings_and_the_way_out(settings, parts):
         {"schedule__name": ScheduleName.plateau, "schedule__metric": "eval/perplexity", "schedule__gamma": 0.5},
         {"train__best_metric": "eval/token_accuracy", "train__greater_is_better": True},
         {"precision": Precision.fp16, "fp16__initial_scale_power": 8},
-        {"optim__name": OptimName.muon, "optim__momentum": 0.95},
+        {"optim__name": OptimName.muon, "optim__momentum": 0.95, "optim__max_grad_norm": 0.0},
         {"train__early_stopping_patience": 3, "train__early_stopping_min_delta": 0.01},
         {"data__validation_share": 0.0},
         {"optim__max_grad_norm": 0.0},
@@ -159,6 +159,7 @@ def test_what_belongs_together_passes(settings):
     [
         ({"stage": 2, "offload_param": CPU}, {}, ["offload_param", "stage 3, not 2", "deepspeed=zero3_offload"]),
         ({"stage": 0, "offload_optimizer": CPU}, {}, ["offload_optimizer", "not 0", "deepspeed=zero2_offload"]),
+        ({"stage": 2}, {"optim__name": OptimName.muon}, ["optim.name=muon", "optim.max_grad_norm=1.0"]),
         ({"stage": 3}, {"optim__name": OptimName.muon}, ["optim.name=muon", "reduce_scatter", "deepspeed=zero2"]),
     ],
 )
