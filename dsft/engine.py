@@ -30,20 +30,21 @@ from dsft.types import Batch
 # DeepSpeed calls torch's collectives by names that torch 2.13 warns about, at every step
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
-DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
-    "FusedAdam": lambda: deepspeed.ops.adam.FusedAdam,
-    "DeepSpeedCPUAdam": lambda: deepspeed.ops.adam.DeepSpeedCPUAdam,
-    "FusedLion": lambda: deepspeed.ops.lion.FusedLion,
-    "DeepSpeedCPULion": lambda: deepspeed.ops.lion.DeepSpeedCPULion,
-    "MuonWithAuxAdam": lambda: _muon(),
-}
-"""Optimizers of DeepSpeed by name; looked up on use, since some compile when they are imported."""
-
 
 def _muon() -> type:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam
+
+
+DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
+    "FusedAdam": lambda: deepspeed.ops.adam.FusedAdam,
+    "DeepSpeedCPUAdam": lambda: deepspeed.ops.adam.DeepSpeedCPUAdam,
+    "FusedLion": lambda: deepspeed.ops.lion.FusedLion,
+    "DeepSpeedCPULion": lambda: deepspeed.ops.lion.DeepSpeedCPULion,
+    "MuonWithAuxAdam": _muon,
+}
+"""Optimizers of DeepSpeed by name; looked up on use, since some compile when they are imported."""
 
 
 @contextmanager

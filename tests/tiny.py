@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dsft.types import Example
 
@@ -66,6 +73,39 @@ def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A model with weights large enough that its answers differ."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(llama_config(initializer_range=0.2, **changes)).float()
+
+
+def causal(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A causal language model of any family that transformers knows, in evaluation mode.
+
+    Every weight is moved off its start, so that no bias is 0 and no norm 1.
+    """
+    shape = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "attn_pdrop": 0.0,
+    }
+    known = CONFIG_MAPPING[family]()
+    settings = {name: value for name, value in shape.items() if hasattr(known, name)} | changes
+    config = CONFIG_MAPPING[family](**settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
 
 
 def save(directory: Path, **changes) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsft.data.batch import collate
 from dsft.data.pack import Planner, share
+from dsft.errors import UserError
 from dsft.types import Batch, Example
 
 
@@ -93,11 +94,11 @@ class Loader:
         """Go on from a cursor.
 
         Raises:
-            ValueError: The cursor counts steps of another global batch size and stands within an epoch.
+            UserError: The cursor counts steps of another global batch size and stands within an epoch.
         """
         size = self._planner.global_batch_size
         if state["global_batch_size"] != size and state["step_in_epoch"]:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint stands within an epoch of global batches of {state['global_batch_size']} rows, and "
                 f"this run has {size}; set batch.global_batch_size={state['global_batch_size']}"
             )

@@ -103,9 +103,7 @@ class Planner:
     ):
         self.global_batch_size = global_batch_size
         self._lengths, self._packing, self._capacity = lengths, packing, capacity
-        self.epoch = lru_cache(maxsize=2)(
-            lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch)
-        )
+        self.epoch = lru_cache(maxsize=2)(lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch))
 
     def steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last one may be smaller than the others."""

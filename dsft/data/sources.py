@@ -98,7 +98,7 @@ def files(spec: str) -> list[Path] | None:
     elif path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
     elif glob.has_magic(spec):
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        matches = glob.glob(str(path), recursive=True)
         found = [match for match in map(Path, matches) if match.is_file()]
     elif _looks_like_hub_id(spec):
         return None

@@ -112,9 +112,11 @@ def attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if documents is None:
-        unmasked = attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window
-        if module.training or unmasked:
+        if module.training:
             raise UserError(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
+        if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+            # `_mask` cannot tell a prompt without padding from a flat row, and makes no mask for either
+            attention_mask = _visible(query.shape[2], key.shape[2], sliding_window, query.device)
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         options = {
             "scaling": scaling,
@@ -161,7 +163,7 @@ def _one_document(query, key, value, scale, window) -> torch.Tensor:
         query.unsqueeze(0),
         key.unsqueeze(0),
         value.unsqueeze(0),
-        attn_mask=_visible(tokens, window, query.device) if banded else None,
+        attn_mask=_visible(tokens, tokens, window, query.device) if banded else None,
         is_causal=not banded,
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
@@ -169,10 +171,10 @@ def _one_document(query, key, value, scale, window) -> torch.Tensor:
     return output[0].transpose(0, 1)
 
 
-def _visible(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """True where the row's token sees the column's, bool, (tokens, tokens)."""
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """True where a query sees a key, bool, (queries, keys); the last query stands at the last key."""
+    ahead = keys - queries
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(ahead).triu(ahead + 1 - window)
 
 
 def _variable_length(query, key, value, documents: Documents, scale, window) -> torch.Tensor:
@@ -189,14 +191,15 @@ def _variable_length(query, key, value, documents: Documents, scale, window) -> 
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        if k.shape[1] != q.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(left, 0))
+        grouped = k.shape[1] != q.shape[1]
+        output = varlen_attn(
+            q, k, v, ends, ends, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=grouped
+        )
     return output.unsqueeze(0)
 
 
 def _mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """No mask tensor for flat rows; transformers' own where generation pads its prompts."""
+    """No mask tensor for flat rows; transformers' own where generation has padded its prompts."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

@@ -23,8 +23,9 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk):
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, weight, bias, targets, chunk, training):
+        # what needs a gradient is told even where none will be asked for
+        wants_hidden, wants_weight, wants_bias = (needed and training for needed in ctx.needs_input_grad[:3])
         nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -67,6 +68,7 @@ class _ChunkedNll(torch.autograd.Function):
             None if bias is None else bias.mul_(scale).to(ctx.dtypes[1]),
             None,
             None,
+            None,
         )
 
 
@@ -74,11 +76,11 @@ def _head_forward(self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor |
     """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`."""
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
-    return _ChunkedNll.apply(hidden, self.weight, self.bias, targets, chunk)
+    return _ChunkedNll.apply(hidden, self.weight, self.bias, targets, chunk, torch.is_grad_enabled())
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output head if logits are just its linear map, else None.
+    """The output head if logits are just its linear map of the base model's output, as far as can be told, else None.
 
     The head's forward learns to return the loss. It stays one call of the head's own module, because ZeRO-3 gathers
     a layer's weights around exactly that call.
@@ -86,7 +88,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     bent = any(getattr(config, key, None) not in (None, neutral) for key, neutral in LOGIT_SETTINGS.items())
-    if type(head) is not nn.Linear or bent:
+    if type(head) is not nn.Linear or bent or not hasattr(model, model.base_model_prefix):
         return None
     head.forward = _head_forward.__get__(head)
     return head

@@ -155,7 +155,7 @@ def _svg(figure: Figure) -> str:
     """The figure's `<svg>` element alone: nothing that names another place, no id but those it refers to itself."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     tag, body = svg[svg.index("<svg") :].split(">", 1)
     tag = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", tag)

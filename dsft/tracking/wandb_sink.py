@@ -94,7 +94,7 @@ class WandbSink:
     def _guard(self, what: str, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+        except Exception as error:
             self._run = None
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._note(f"warning: W&B failed in {what} and gets nothing more; the run goes on. {reason}")

@@ -104,19 +104,32 @@ def weights(made: Engine) -> dict[str, torch.Tensor]:
 def loader(world, examples: Examples, packing: str, micro_batch_size: int, accumulation: int) -> Loader:
     plan = planner(examples, packing, micro_batch_size * accumulation * world.size)
     return Loader(
-        examples, examples.lengths, examples.supervised_counts, plan, world.rank, world.size, micro_batch_size, accumulation
+        examples,
+        examples.lengths,
+        examples.supervised_counts,
+        plan,
+        world.rank,
+        world.size,
+        micro_batch_size,
+        accumulation,
     )
 
 
 def train(
-    world, *, model_dir: str, steps: int, packing: str, micro_batch_size: int, accumulation: int, examples: int, **options
+    world,
+    *,
+    model_dir: str,
+    steps: int,
+    packing: str,
+    micro_batch_size: int,
+    accumulation: int,
+    examples: int,
+    **options,
 ) -> dict[str, Any]:
     """Take `steps` optimizer steps; returns loss and gradient norm of each, and the weights at the end."""
     data = Examples(tiny.examples(examples))
     losses, norms, applied = [], [], []
-    with engine(
-        world, model_dir, micro_batch_size=micro_batch_size, accumulation=accumulation, **options
-    ) as made:
+    with engine(world, model_dir, micro_batch_size=micro_batch_size, accumulation=accumulation, **options) as made:
         source = iter(loader(world, data, packing, micro_batch_size, accumulation))
         for number in range(steps):
             step = next(source)
@@ -160,7 +173,9 @@ def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int 
         cursor = loader(world, data, "bfd", micro, accumulation)
         source = iter(cursor)
         go(made, source, 0)
-        path = checkpoint.save(Path(run_dir), steps, made, world, {"loader": cursor.state_dict()}, options.get("method") != "lora")
+        path = checkpoint.save(
+            Path(run_dir), steps, made, world, {"loader": cursor.state_dict()}, options.get("method") != "lora"
+        )
         straight = go(made, source, steps), weights(made)
     seed_everything(2)
     with engine(world, model_dir, micro_batch_size=micro, accumulation=accumulation, **options) as made:

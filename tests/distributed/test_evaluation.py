@@ -50,9 +50,7 @@ def test_any_batch_size_and_world(pools, model_dir, expected, ranks, micro_batch
 
 def test_fewer_examples_than_ranks(pools, model_dir):
     """A rank with nothing to evaluate still takes part, or ZeRO-3 would hang (DeepSpeed#5394)."""
-    for found in pools(2).run(
-        cases.evaluate, model_dir=model_dir, micro_batch_size=1, stage="zero3", examples=1
-    ):
+    for found in pools(2).run(cases.evaluate, model_dir=model_dir, micro_batch_size=1, stage="zero3", examples=1):
         assert found["eval/examples"] == 1
 
 
@@ -61,6 +59,8 @@ def test_answers_are_those_of_transformers(pools, model_dir, stage):
     """Greedy answers under ZeRO-3 equal a plain generate (LLaMA-Factory#5629)."""
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     prompts = [[5, 6, 7, 8], [300, 4, 9]]
-    plain = [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    plain = [
+        model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts
+    ]
     for found in pools(2).run(cases.generate, model_dir=model_dir, prompts=prompts, stage=stage):
         assert found == plain

@@ -122,15 +122,15 @@ def test_same_as_a_plain_loop(pools, reference, model_dir, ranks, accumulation, 
     assert all(value <= LIMIT for f in found for value in f.values()), found
 
 
-WAYS = list(
-    itertools.product((1, 2), (1, 3), ("zero0", "zero1", "zero2", "zero3"), ("none", "bfd"), ("full", "lora"))
-)
+WAYS = list(itertools.product((1, 2), (1, 3), ("zero0", "zero1", "zero2", "zero3"), ("none", "bfd"), ("full", "lora")))
 COLUMNS = list(itertools.product(("full", "lora"), ("none", "bfd")))
 
 
 def table() -> str:
     """The whole matrix as Markdown: a row per ranks, accumulation and stage; a column per tuning and packing."""
-    head = "| ranks | accumulation | ZeRO | " + " | ".join(f"{method}, packing={packing}" for method, packing in COLUMNS)
+    head = "| ranks | accumulation | ZeRO | " + " | ".join(
+        f"{method}, packing={packing}" for method, packing in COLUMNS
+    )
     lines = [head + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
     for ranks, accumulation, stage in itertools.product((1, 2), (1, 3), ("zero0", "zero1", "zero2", "zero3")):
         cells = [TABLE[ranks, accumulation, stage, packing, method] for method, packing in COLUMNS]

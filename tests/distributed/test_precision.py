@@ -54,9 +54,9 @@ def test_fp16_overflow_is_skipped_and_counted(run, stage):
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_a_nan_gradient_leaves_the_weights_alone(pools, model_dir, stage, precision):
     """DeepSpeed#8035: NaN steps are skipped; here they are also reported, fp32 without ZeRO included."""
-    before, after, applied, norm = pools(2).run(
-        cases.nan_step, model_dir=model_dir, stage=stage, precision=precision
-    )[0]
+    before, after, applied, norm = pools(2).run(cases.nan_step, model_dir=model_dir, stage=stage, precision=precision)[
+        0
+    ]
     assert applied is False and not np.isfinite(norm)
     assert before == after
 
@@ -98,7 +98,11 @@ def test_activation_checkpointing_changes_nothing(run, plain, mode, stage, metho
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [*((name, stage) for name in ("sgd", "lion") for stage in ("zero0", "zero2", "zero3")), ("muon", "zero0"), ("muon", "zero2")],
+    [
+        *((name, stage) for name in ("sgd", "lion") for stage in ("zero0", "zero2", "zero3")),
+        ("muon", "zero0"),
+        ("muon", "zero2"),
+    ],
 )
 def test_other_optimizers_learn(run, name, stage):
     """Each takes steps that are the same on any stage; Muon clips after orthogonalising, so its clipping is off."""

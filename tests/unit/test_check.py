@@ -159,13 +159,22 @@ def test_what_belongs_together_passes(settings):
     [
         ({"stage": 2, "offload_param": CPU}, {}, ["offload_param", "stage 3, not 2", "deepspeed=zero3_offload"]),
         ({"stage": 0, "offload_optimizer": CPU}, {}, ["offload_optimizer", "not 0", "deepspeed=zero2_offload"]),
-        ({"stage": 2}, {"optim__name": OptimName.muon}, ["optim.name=muon", "optim.max_grad_norm=1.0"]),
-        ({"stage": 3}, {"optim__name": OptimName.muon}, ["optim.name=muon", "reduce_scatter", "deepspeed=zero2"]),
+        (
+            {"stage": 3},
+            {"optim__name": OptimName.muon, "optim__max_grad_norm": 0.0},
+            ["optim.name=muon", "reduce_scatter", "deepspeed=zero2"],
+        ),
     ],
 )
 def test_offload_and_optimizer_fit_the_zero_stage(zero, settings, parts):
     (line,) = complaints({"zero_optimization": zero}, **settings)
     assert all(part in line for part in ["ds.json", *parts])
+
+
+def test_muon_is_not_clipped():
+    """Its gradient would be clipped before or after orthogonalisation, depending on the stage."""
+    (line,) = complaints(optim__name=OptimName.muon)
+    assert "optim.name=muon" in line and "optim.max_grad_norm=1.0" in line
 
 
 @pytest.mark.parametrize(

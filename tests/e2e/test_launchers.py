@@ -1,0 +1,145 @@
+"""Every way to start ranks, and what happens when one of them fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+
+SHORT = ["train.max_steps=3", "train.samples=0", "train.export=false"]
+ENDLESS = ["train.max_steps=100000", "train.eval_every=0", "train.save_every=0", "train.samples=0"]
+
+
+def environment(run_dir: Path) -> dict:
+    return json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def alone(base, scratch, tmp_path_factory) -> Path:
+    """The run directory of a run that no launcher started."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    size = ["batch.gradient_accumulation_steps=4"]
+    result = helpers.train([f"run_dir={run_dir}", *base, *SHORT, *size], scratch, ranks=1)
+    assert result.code == 0, result.err
+    return run_dir
+
+
+def assert_agrees(run_dir: Path, alone: Path) -> None:
+    """The same global batches give the same losses, whoever started the ranks."""
+    for row, expected in zip(helpers.numbers(run_dir), helpers.numbers(alone), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_launcher_it_is_a_world_of_one(alone):
+    assert environment(alone)["world_size"] == 1
+    assert environment(alone)["launcher"] == "single"
+
+
+def test_torchrun(base, alone, scratch, tmp_path):
+    launcher = [helpers.BIN / "torchrun", "--nproc_per_node", "2", "--master_port", helpers.free_port()]
+    result = helpers.run([*launcher, "launch/train.py", f"run_dir={tmp_path / 'run'}", *base, *SHORT], scratch)
+    assert result.code == 0, result.err
+    assert environment(tmp_path / "run")["launcher"] == "environment"
+    assert_agrees(tmp_path / "run", alone)
+
+
+def test_mpirun(base, alone, scratch, tmp_path):
+    mpirun = shutil.which("mpirun", path=f"{helpers.BIN}{os.pathsep}{os.environ['PATH']}")
+    if mpirun is None:
+        pytest.skip("there is no mpirun")
+    launcher = [mpirun, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+    result = helpers.run([*launcher, "launch/train.py", f"run_dir={tmp_path / 'run'}", *base, *SHORT], scratch)
+    assert result.code == 0, result.err
+    assert environment(tmp_path / "run")["launcher"] == "mpi"
+    assert_agrees(tmp_path / "run", alone)
+
+
+def test_a_mistake_is_told_once_and_ends_all_ranks(base, scratch, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [{"role": "user"}]}\n', encoding="utf-8")
+    result = helpers.train([f"run_dir={tmp_path / 'run'}", *base, f"data.train={broken}"], scratch)
+    assert result.code == 2, result.err
+    assert result.err.count("error: ") == 1 and f"{broken}:1" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_killed_rank_ends_the_others(base, scratch, tmp_path):
+    with helpers.start([f"run_dir={tmp_path / 'run'}", *base, *ENDLESS], scratch) as running:
+        running.until(helpers.reached(tmp_path / "run", 2))
+        running.ranks()[1].kill()
+        begun = time.monotonic()
+        result = running.wait(60)
+        assert time.monotonic() - begun < 60
+        assert not running.ranks()
+    assert result.code != 0
+    assert "Traceback" in result.err and "onnection" in result.err
+
+
+def test_two_runs_do_not_share_a_run_directory(base, scratch, tmp_path):
+    arguments = [f"run_dir={tmp_path / 'run'}", *base, *ENDLESS]
+    with helpers.start(arguments, scratch, ranks=1) as running:
+        running.until(helpers.reached(tmp_path / "run", 1))
+        result = helpers.train(arguments, scratch, ranks=1)
+    assert result.code == 2
+    assert "another run is using" in result.err
+
+
+def test_wandb_keeps_its_id_over_a_resume(base, scratch, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [f"run_dir={run_dir}", *base, "tracking=wandb", "train.save_every=2"]
+    for steps in (2, 4):
+        result = helpers.train([*arguments, f"train.max_steps={steps}"], scratch, ranks=1)
+        assert result.code == 0, result.err
+        assert "warning: W&B" not in result.err
+    offline = [path.name for path in (run_dir / "wandb").iterdir() if path.name.startswith("offline-run-")]
+    assert len(offline) == 2
+    assert len({name.rpartition("-")[2] for name in offline}) == 1
+
+
+def test_a_sweep_without_a_launcher_trains_each_job(base, scratch, tmp_path):
+    arguments = ["-m", "optim.lr=1e-4,1e-3", f"run_dir={tmp_path / 'sweep'}"]
+    result = helpers.train([*arguments, *(a for a in base if not a.startswith("optim.lr")), *SHORT], scratch, ranks=1)
+    assert result.code == 0, result.err
+    jobs = sorted(path.parent for path in tmp_path.rglob("metrics.jsonl"))
+    assert len(jobs) == 2
+    first, second = (helpers.numbers(job) for job in jobs)
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    assert first[0] == second[0]  # the evaluation before any step
+    assert first[-1]["eval/loss"] != second[-1]["eval/loss"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint and half of another; `grow()` gives it more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(place)], capture_output=True, check=False).returncode == 0
+
+    if not mount("-t", "tmpfs", "-o", "size=8m", "tmpfs"):
+        pytest.skip("mounting a file system is not permitted")
+    yield place, lambda: mount("-o", "remount,size=100m")
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_spoils_nothing(base, small_disk, scratch):
+    place, grow = small_disk
+    run_dir = place / "run"
+    arguments = [f"run_dir={run_dir}", *base, "train.max_steps=6", "train.save_every=2", "train.eval_every=0"]
+    result = helpers.train(arguments, scratch)
+    assert result.code == 2, result.err
+    assert f"cannot write the checkpoint {run_dir}/checkpoints/step-000004" in result.err
+    assert "No space left" in result.err and "Traceback" not in result.err
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
+    assert grow()
+    result = helpers.train(arguments, scratch)
+    assert result.code == 0, result.err
+    assert "at step 2" in result.err
+    steps = [row["step"] for row in helpers.rows(run_dir)]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 6]

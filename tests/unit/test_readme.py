@@ -1,0 +1,79 @@
+"""What the READMEs say of settings, metrics, records, commands and files is so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+
+from dsft import ds_config
+from dsft.config import load, table
+from dsft.config.check import check
+from dsft.data import shapes
+from dsft.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ["README.md", "README.zh-CN.md"]
+RANKS = 2
+
+
+@pytest.fixture(params=READMES)
+def readme(request) -> str:
+    return (ROOT / request.param).read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """What follows `launch/train.py` (or the batch script that hands it on) in each command of the shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.split(script, 1)[1] for line in lines for script in ("launch/train.py", "train.sbatch") if script in line
+    ]
+
+
+def test_the_table_of_settings_is_that_of_the_schema(readme):
+    assert table.with_table(readme) == readme, "run `make table`"
+
+
+def test_every_metric_is_named(readme):
+    assert not [name for name in METRICS if f"`{name}`" not in readme]
+
+
+def test_every_shape_of_record_is_shown_and_read(readme):
+    shown = [json.loads(record) for record in re.findall(r'`(\{"\w+": .+?\})`', readme)]
+    read = [shapes.to_conversation(record, "README") for record in shown]
+    assert len(shown) == len(shapes.SHAPES)
+    assert {names for names in shapes.SHAPES for record in shown if set(names) <= set(record)} == set(shapes.SHAPES)
+    assert sum(conversation.text is not None for conversation in read) == 1
+
+
+def test_both_languages_show_the_same_commands():
+    english, chinese = (commands((ROOT / name).read_text(encoding="utf-8")) for name in READMES)
+    plain = [re.sub(r"#.*", "", command) for command in english]
+    assert plain == [re.sub(r"#.*", "", command) for command in chinese]
+
+
+@pytest.mark.parametrize("command", commands((ROOT / "README.md").read_text(encoding="utf-8")))
+def test_a_command_composes_and_its_settings_agree(command):
+    words = [word for word in shlex.split(command, comments=True) if word not in ("-m", "--cfg", "job")]
+    overrides = [word.split(",")[0] if " -m " in command else word for word in words]
+    load.register()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = load.from_hydra(hydra.compose("config", overrides=overrides))
+    check(config, ds_config.read(config.deepspeed.json), RANKS, METRICS)
+
+
+def test_every_choice_of_the_command_line_is_named(readme):
+    contract = readme.split("run_dir=R\n")[1].split("```")[0]
+    choices = [file for file in (ROOT / "conf").glob("*/*.yaml")]
+    assert not [file for file in choices if not re.search(rf"(?<!\w){file.parent.name}=[^ ]*\b{file.stem}\b", contract)]
+
+
+def test_links_lead_somewhere(readme):
+    targets = re.findall(r"\]\(([^)#]+)\)", readme)
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
