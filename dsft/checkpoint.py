@@ -137,7 +137,7 @@ def clean(run_dir: Path) -> None:
 
 def retain(run_dir: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints but the last `keep_last` and the best."""
-    for path in checkpoints(run_dir)[: -keep_last or None]:
+    for path in checkpoints(run_dir)[:-keep_last]:
         if best_step is None or path.name != f"step-{best_step:06d}":
             shutil.rmtree(path)
 
@@ -186,8 +186,12 @@ def _together(world: World, final: Path) -> Iterator[None]:
     error = None
     try:
         yield
-    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
-        error = f"cannot write the checkpoint {final}: {problem}"
+    except (OSError, RuntimeError) as problem:
+        free = shutil.disk_usage(final.parents[1]).free  # torch reports a full disk as a riddle
+        error = (
+            f"cannot write the checkpoint {final}: {problem} ({free / 2**20:,.0f} MiB are free there). Earlier "
+            "checkpoints are whole: make room, and the same command goes on from the last of them."
+        )
     world.all_succeed(error)
 
 

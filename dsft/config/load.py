@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -36,6 +38,8 @@ from dsft.errors import UserError
 
 _TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_PRECEDENCE = 5.0
+"""Seconds that a rank leaves to rank 0 to tell of a mistake."""
 _WORD = re.compile(r"[^\s,\[\]{}][^,\[\]{}]*")
 _HOW_TO_GIVE = {
     "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
@@ -75,7 +79,8 @@ def _quoted(key: str, equals: str, value: str) -> str:
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Show what a person can mend as a message alone, once per machine, and exit with code 2.
+    """Show what a person can mend as a message alone, once per machine where its launcher ends all ranks with the
+    first, and exit with code 2.
 
     Anything else passes through with its traceback; with HYDRA_FULL_ERROR=1 everything does.
     """
@@ -86,8 +91,11 @@ def reporting() -> Iterator[None]:
         message = explain(error)
         if message is None or _TRACEBACK:
             raise
-        if next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0") == "0":
-            print(f"error: {message}", file=sys.stderr)
+        if next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0") != "0":
+            # rank 0 tells the same and its launcher ends this rank, unless rank 0 is not there yet or never will be
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_PRECEDENCE)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -123,9 +123,9 @@ def join(place: Place, timeout: timedelta = TIMEOUT) -> World:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one; another can be joined after it."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def describe(world: World) -> dict[str, Any]:

@@ -46,7 +46,6 @@ class CausalLM(nn.Module):
         """
         if not self._checked:
             self._check(batch.input_ids.device)
-        documents = self._documents(batch.lengths, batch.input_ids.device)
         if self._neftune is not None:
             self._neftune.lengths = batch.lengths
         at = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
@@ -55,27 +54,32 @@ class CausalLM(nn.Module):
         weight = 1.0 if batch.supervised else 0.0
         at = at if batch.supervised else torch.zeros(1, dtype=torch.int64, device=at.device)
         targets = batch.labels[0, at].clamp(min=0)
-        nll, correct = self._nll(batch, documents, at, targets)
+        nll, correct = self._nll(batch, at, targets)
         loss = nll * weight
         count = torch.tensor(float(batch.supervised), dtype=torch.float64, device=loss.device)
         return loss, Tally({"nll": loss.detach(), "correct": correct * weight, "supervised": count})
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits at every position, shape (tokens, vocabulary)."""
-        documents = self._documents(batch.lengths, batch.input_ids.device)
-        return self.model(**_inputs(batch, documents)).logits[0]
+        return self.model(**self._row(batch)).logits[0]
 
-    def _nll(self, batch, documents, at, targets):
-        inputs = _inputs(batch, documents)
+    def _nll(self, batch, at, targets):
+        inputs = self._row(batch)
         head = self._head[0]
         if head is None:
             return nll_of_logits(self.model(**inputs, logits_to_keep=at).logits[0], targets)
-        hidden = _plain(self.model).base_model(**inputs).last_hidden_state[0]
-        return head(hidden[at], targets, self._chunk)
+        return head(self._hidden(inputs)[at], targets, self._chunk)
 
-    @torch.no_grad()
+    def _row(self, batch: Batch) -> dict:
+        documents = self._documents(batch.lengths, batch.input_ids.device)
+        return _inputs(batch.input_ids, batch.position_ids, documents)
+
+    def _hidden(self, inputs: dict) -> torch.Tensor:
+        """What the head is given at every position, shape (tokens, hidden size)."""
+        return _plain(self.model).base_model(**inputs).last_hidden_state[0]
+
     def _check(self, device: torch.device) -> None:
-        """Compare two documents in one row with the same two alone, under transformers' own attention.
+        """Make sure that documents get the same logits in a row as alone, and the head what it gets in the model.
 
         Not every model can keep documents apart: some do not hand the boundaries down, some count positions by
         themselves, and recurrent or convolutional layers run on across the boundary.
@@ -84,20 +88,28 @@ class CausalLM(nn.Module):
         self.eval()
         ids = torch.arange(2 * PROBE, device=device) % self.model.config.get_text_config().vocab_size
         positions = torch.arange(PROBE, device=device).repeat(2)
-        documents = self._documents([PROBE, PROBE], device)
-        row = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, documents=documents)
+        row = _inputs(ids[None], positions[None], self._documents([PROBE, PROBE], device))
         pair = ids.view(2, PROBE)
-        alone = self.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False)
+        with torch.no_grad():
+            logits = self.model(**row).logits[0]
+            # transformers' own attention, with positions of its own
+            alone = self.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits
+            of_head = self._head[0](self._hidden(row)) if self._head[0] is not None else logits
         self.train(training)
-        expected = alone.logits.flatten(0, 1).float()
-        deviation = float((row.logits[0].float() - expected).norm() / expected.norm())
-        # rounding stays well below the root of the type's precision, and a leak far above
-        if not deviation < torch.finfo(alone.logits.dtype).eps ** 0.5:
+        if _differ(logits, alone.flatten(0, 1)):
             raise UserError(
-                f"{type(_plain(self.model)).__name__} does not keep the documents of a row apart: its answers in a row "
-                f"and alone deviate by {deviation:.1e} (relative). Use another model."
+                f"{type(_plain(self.model)).__name__} does not keep the documents of a row apart: its logits are not "
+                "the same in a row as alone. Use another model."
             )
+        if _differ(of_head, logits):
+            self._head = [None]
         self._checked = True
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether more than rounding lies between them: it stays well below the root of the type's precision."""
+    found, expected, limit = found.float(), expected.float(), torch.finfo(expected.dtype).eps ** 0.5
+    return not (found - expected).norm() < limit * expected.norm()
 
 
 def _plain(model):
@@ -105,10 +117,5 @@ def _plain(model):
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _inputs(batch: Batch, documents) -> dict:
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-        "documents": documents,
-    }
+def _inputs(ids: torch.Tensor, positions: torch.Tensor, documents) -> dict:
+    return {"input_ids": ids, "position_ids": positions, "use_cache": False, "documents": documents}

@@ -61,7 +61,7 @@ class WandbSink:
     def finish(self) -> None:
         """Send what is left, for at most `TIMEOUT` seconds."""
         if self._run is not None:
-            self._guard("finish", lambda: self._run.finish())
+            self._guard("finish", self._run.finish)
             self._run = None
 
     def _init(self, section: TrackingConfig, run_dir: Path, name: str, config: dict[str, Any]) -> None:

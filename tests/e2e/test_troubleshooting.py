@@ -100,6 +100,7 @@ def told_by_a_process(command: str, home: Path) -> tuple[int, str]:
         capture_output=True,
         encoding="utf-8",
         timeout=180,
+        check=False,
     )
     return done.returncode, done.stderr
 

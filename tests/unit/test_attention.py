@@ -36,14 +36,12 @@ WORKING = {
     "mixtral": {"sliding_window": 4, "num_local_experts": 4},
 }
 MINIMAX = {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2}
 LEAKING = {
     "bloom": ({"n_layer": 1, "n_head": 4}, "keep the documents of a row apart"),  # hands nothing down
     "stablelm": ({}, "keep the documents of a row apart"),  # hands nothing down
     "bart": ({"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}, "apart"),
     "mamba": ({"state_size": 4}, "keep the documents of a row apart"),  # recurrent
     "minimax": (MINIMAX, "keep the documents of a row apart"),  # recurrent in one layer of two
-    "olmo_hybrid": (HYBRID, "keep the documents of a row apart"),  # recurrent in one layer of two
     "gemma2": ({}, "Gemma2Attention asks for attention with softcap"),
     "gpt_oss": ({"num_local_experts": 2}, "GptOssAttention asks for attention with s_aux"),
     "bert": ({}, "BertSelfAttention asks for attention with is_causal=False"),

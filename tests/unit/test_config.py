@@ -224,12 +224,15 @@ def test_a_users_mistake_ends_with_its_message_alone(monkeypatch, capfd, place):
     assert capfd.readouterr() == ("", f"error: {message}\n")
 
 
-def test_only_one_rank_of_a_machine_speaks_and_all_exit_alike(monkeypatch, capfd):
+def test_other_ranks_speak_after_rank_0_had_time_to(monkeypatch, capfd):
+    silent = []
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: silent.append((seconds, capfd.readouterr())))
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(SystemExit) as caught:
         launch(monkeypatch, "optim.lrr=1")
     assert caught.value.code == 2
-    assert capfd.readouterr() == ("", "")
+    assert silent == [(5.0, ("", ""))]
+    assert capfd.readouterr().err.startswith("error: unknown setting optim.lrr")
 
 
 def test_full_errors_on_request(monkeypatch):

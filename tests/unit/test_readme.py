@@ -69,7 +69,7 @@ def test_a_command_composes_and_its_settings_agree(command):
 
 def test_every_choice_of_the_command_line_is_named(readme):
     contract = readme.split("run_dir=R\n")[1].split("```")[0]
-    choices = [file for file in (ROOT / "conf").glob("*/*.yaml")]
+    choices = list((ROOT / "conf").glob("*/*.yaml"))
     assert not [file for file in choices if not re.search(rf"(?<!\w){file.parent.name}=[^ ]*\b{file.stem}\b", contract)]
 
 

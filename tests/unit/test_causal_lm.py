@@ -1,0 +1,177 @@
+"""The task's loss: the sum of what transformers says of every example alone."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from dsft.config.schema import Attention, Method, TuningConfig
+from dsft.data.batch import collate
+from dsft.errors import UserError
+from dsft.model import attention, tuning
+from dsft.tasks.causal_lm import CausalLM
+from dsft.types import IGNORE_INDEX, Example
+
+DOCUMENTS = partial(attention.Documents.of, kernel=Attention.per_document)
+EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
+SUPERVISED = sum(int(e.supervised.sum()) for e in EXAMPLES)
+
+
+def task(model, chunk: int = 5) -> CausalLM:
+    return CausalLM(model, DOCUMENTS, chunk)
+
+
+def lora(model, **changes):
+    return tuning.apply(model, TuningConfig(method=Method.lora, rank=2, **changes), seed=1)
+
+
+def plain(model, example: Example):
+    """Transformers' own loss of one example alone, as a sum, and how often its first guess is right."""
+    ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    labels = torch.where(torch.from_numpy(example.supervised)[None], ids, IGNORE_INDEX)
+    output = model(input_ids=ids, labels=labels, use_cache=False)
+    hits = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]) & torch.from_numpy(example.supervised[1:])
+    return output.loss * int(example.supervised.sum()), int(hits.sum())
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs) -> None:
+    found, wanted = gradients(ours), gradients(theirs)
+    assert found and set(found) == set(wanted)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+FAMILIES = {
+    "llama": {"tie_word_embeddings": False},
+    "llama, tied": {"tie_word_embeddings": True},
+    "phi": {},  # a head with a bias
+    "cohere": {"logit_scale": 0.3},  # no plain head, like the three that follow
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.4},
+    "llama4_text": {"num_local_experts": 2},
+    "modernbert-decoder": {"global_attn_every_n_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_the_sum_of_transformers_own_per_example(name):
+    family = name.partition(",")[0]
+    ours, theirs = (tiny.causal(family, way, **FAMILIES[name]) for way in (attention.NAME, "eager"))
+    loss, tally = task(ours)(collate(EXAMPLES))
+    expected, hits = zip(*(plain(theirs, e) for e in EXAMPLES))
+    torch.testing.assert_close(float(loss.detach()), float(sum(expected).detach()), rtol=1e-5, atol=0)
+    assert float(tally.sums["nll"]) == float(loss.detach())
+    assert float(tally.sums["correct"]) == sum(hits)
+    assert float(tally.sums["supervised"]) == SUPERVISED
+    assert not any(value.requires_grad for value in tally.sums.values())
+    (loss / SUPERVISED).backward()
+    (sum(expected) / SUPERVISED).backward()
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_lora_trains_its_adapters_alone_and_counts_the_same_loss(changes):
+    """Tied embeddings stay one tensor, and an adapter on the head is not passed by."""
+    ours, theirs = (lora(tiny.causal("llama", way), **changes) for way in (attention.NAME, "eager"))
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    loss, _ = task(ours)(collate(EXAMPLES))
+    expected = sum(plain(theirs, e)[0] for e in EXAMPLES)
+    torch.testing.assert_close(float(loss.detach()), float(expected.detach()), rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    assert all("lora" in name for name in gradients(ours))
+    assert_same_gradients(ours, theirs)
+
+
+def test_the_head_stands_once_in_the_module_tree():
+    """Twice, it would be saved twice, and ZeRO would count it twice."""
+    model = tiny.causal("llama", attention.NAME, tie_word_embeddings=False)
+    names = [f"model.{name}" for name, _ in model.named_parameters()]
+    assert [name for name, _ in task(model).named_parameters()] == names
+    assert list(task(model).state_dict()) == names
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_a_batch_without_targets_weighs_nothing_and_still_goes_all_the_way(family):
+    """trl#6668: NaN, or a loss of 0.0 that pretends to be one. Here it is a filler beside ranks that do train."""
+    model = tiny.causal(family, attention.NAME)
+    masked = [Example(e.ids, np.zeros_like(e.supervised)) for e in EXAMPLES]
+    for batch in (collate([]), collate(masked)):
+        loss, tally = task(model)(batch)
+        assert {name: float(value) for name, value in tally.sums.items()} == {"nll": 0, "correct": 0, "supervised": 0}
+        model.zero_grad()
+        loss.backward()
+        assert set(gradients(model)) == set(dict(model.named_parameters()))
+        assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_logits_are_those_of_every_position():
+    model = tiny.causal("llama", attention.NAME)
+    batch = collate(EXAMPLES)
+    with torch.no_grad():
+        logits = task(model).logits(batch)
+        loss, _ = task(model)(batch)
+    assert logits.shape == (batch.tokens, 100)
+    nll = F.cross_entropy(logits, batch.labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
+    torch.testing.assert_close(float(loss), float(nll), rtol=1e-5, atol=0)
+
+
+def test_only_supervised_positions_reach_the_head():
+    model = tiny.causal("llama", attention.NAME)
+    ours = task(model)
+    ours(collate(EXAMPLES))  # the first call checks the model
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    ours(collate(EXAMPLES))
+    assert seen == [SUPERVISED]
+
+
+def test_a_head_that_is_given_something_else_is_asked_in_the_models_own_way():
+    """ModernBERT's decoder has one more layer before its head, of which no config key tells."""
+    ours = task(tiny.causal("modernbert-decoder", attention.NAME, **FAMILIES["modernbert-decoder"]))
+    assert ours._head[0] is not None
+    ours(collate(EXAMPLES))
+    assert ours._head[0] is None
+
+
+def test_a_model_is_checked_once_and_the_check_draws_no_random_number():
+    """A resumed run checks again, and must go on with the same dropout as one that was never stopped."""
+    model = lora(tiny.causal("llama", attention.NAME), dropout=0.5).train()
+    ours = task(model)
+    calls = []
+    model.get_base_model().model.register_forward_hook(lambda *_: calls.append(1))
+
+    def loss():
+        torch.manual_seed(5)
+        return float(ours(collate(EXAMPLES))[0].detach())
+
+    first = loss()
+    checks = len(calls) - 1
+    assert checks > 0 and model.training
+    assert loss() == first
+    assert len(calls) == checks + 2
+
+
+def test_a_model_that_leaks_is_refused_in_every_call(monkeypatch):
+    monkeypatch.setattr(attention, "_per_document", leaking)
+    ours = task(tiny.causal("llama", attention.NAME))
+    for _ in range(2):
+        with pytest.raises(UserError, match="LlamaForCausalLM does not keep the documents of a row apart"):
+            ours(collate(EXAMPLES))
+
+
+def leaking(query, key, value, lengths, scale, window):
+    """Attention over the whole row, as plain SDPA would give it."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(heads, dim=1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)

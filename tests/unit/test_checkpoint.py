@@ -1,0 +1,268 @@
+"""A checkpoint on disk: whole or not one, found again, thinned out."""
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dsft import checkpoint
+from dsft.errors import UserError
+
+
+class FakeEngine:
+    """Writes one file where DeepSpeed would write many; may be killed, or find the disk full, while it does."""
+
+    stage = 2
+
+    def __init__(self, error: Exception | type[BaseException] | None = None):
+        self.error = error
+
+    def save(self, directory: str, tag: str, frozen: bool) -> None:
+        target = Path(directory) / tag
+        target.mkdir()
+        (target / "weights.pt").write_bytes(b"half of it")
+        if self.error:
+            raise self.error
+        (target / "weights.pt").write_bytes(b"the whole of it")
+
+
+class FakeWorld:
+    rank, size, is_main = 0, 1, True
+
+    def barrier(self):
+        pass
+
+    def gather_objects(self, value):
+        return [value]
+
+    def all_succeed(self, error):
+        if error:
+            raise UserError(f"rank 0: {error}")
+
+
+def publish(run_dir: Path, step: int, error=None, **state) -> Path:
+    return checkpoint.save(run_dir, step, FakeEngine(error), FakeWorld(), state, frozen=True)
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(run_dir)]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(name.removeprefix("step-")) for name in names(run_dir)]
+
+
+def remove(file: Path):
+    file.unlink()
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def empty(file: Path):
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_manifest_names_every_file_with_its_size_and_hash(tmp_path):
+    files = json.loads((publish(tmp_path, 20) / "manifest.json").read_text(encoding="utf-8"))["files"]
+    assert set(files) == {"deepspeed/weights.pt", "rank-0.pt", "state.json"}
+    assert files["deepspeed/weights.pt"] == {"bytes": 15, "sha256": sha256(b"the whole of it").hexdigest()}
+
+
+def test_ranks_share_the_hashing_and_the_manifest_has_it_all(tmp_path):
+    path = publish(tmp_path, 20)
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").unlink()
+    shares = []
+    for rank in range(3):
+        shares.append(checkpoint._describe_share(tmp_path / "copy", SimpleNamespace(rank=rank, size=3)))
+    assert [len(share) for share in shares] == [1, 1, 1]
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    assert {name: about for share in shares for name, about in share.items()} == manifest["files"]
+
+
+def test_a_whole_checkpoint_has_no_damage(tmp_path):
+    assert checkpoint.damage(publish(tmp_path, 20)) is None
+
+
+@pytest.mark.parametrize("name", ["deepspeed/weights.pt", "rank-0.pt", "state.json"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (remove, "is missing"),
+        (cut, "bytes instead of"),
+        (empty, "has 0 bytes instead of"),
+        (flip_a_bit, "has another hash than when it was written"),
+    ],
+)
+def test_any_damage_to_any_file_is_seen_and_named(tmp_path, name, harm, message):
+    path = publish(tmp_path, 20)
+    harm(path / name)
+    found = checkpoint.damage(path)
+    assert found.startswith(name) and message in found
+
+
+@pytest.mark.parametrize("harm", [remove, cut, empty])
+def test_without_its_manifest_a_directory_is_no_checkpoint(tmp_path, harm):
+    path = publish(tmp_path, 20)
+    harm(path / "manifest.json")
+    assert checkpoint.damage(path).startswith("no readable manifest.json")
+    assert checkpoint.damage(tmp_path / "nothing").startswith("no readable manifest.json")
+
+
+def test_resume_takes_the_newest_whole_one_and_tells_what_it_passes_over(tmp_path):
+    for step in (20, 40, 60):
+        publish(tmp_path, step)
+    flip_a_bit(tmp_path / "checkpoints/step-000060/rank-0.pt")
+    remove(tmp_path / "checkpoints/step-000040/manifest.json")
+    notes = []
+    assert checkpoint.newest_whole(tmp_path, notes.append) == tmp_path / "checkpoints/step-000020"
+    assert len(notes) == 2
+    assert "step-000060: rank-0.pt has another hash" in notes[0]
+    assert "step-000040: no readable manifest.json" in notes[1]
+
+
+def test_resume_finds_nothing_where_nothing_is_whole(tmp_path):
+    notes = []
+    assert checkpoint.newest_whole(tmp_path, notes.append) is None
+    assert not notes
+    cut(publish(tmp_path, 20) / "rank-0.pt")
+    assert checkpoint.newest_whole(tmp_path, notes.append) is None
+    assert len(notes) == 1
+
+
+def test_what_a_kill_left_behind_is_never_taken_for_a_checkpoint_and_goes_away(tmp_path):
+    whole = publish(tmp_path, 20)
+    shutil.copytree(whole, whole.with_name("step-000040.part"))
+    (tmp_path / "checkpoints" / "step-notes").mkdir()
+    assert names(tmp_path) == ["step-000020"]
+    assert checkpoint.newest_whole(tmp_path, print) == whole
+    checkpoint.clean(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000020", "step-notes"]
+
+
+def test_a_fresh_run_directory_has_nothing_to_clean_or_thin_out(tmp_path):
+    checkpoint.clean(tmp_path)
+    checkpoint.retain(tmp_path, 2, None)
+    assert names(tmp_path) == []
+
+
+def test_checkpoints_are_ordered_by_step_and_not_by_name(tmp_path):
+    for step in (1_000_000, 999_999, 20):
+        publish(tmp_path, step)
+    assert steps(tmp_path) == [20, 999_999, 1_000_000]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "left"),
+    [
+        (2, None, [40, 50]),
+        (2, 10, [10, 40, 50]),  # the best is kept however old it is
+        (2, 50, [40, 50]),
+        (1, 30, [30, 50]),
+        (9, None, [10, 20, 30, 40, 50]),
+        (0, None, [10, 20, 30, 40, 50]),  # all
+        (1, 35, [50]),  # the best was never saved
+    ],
+)
+def test_the_last_and_the_best_are_kept(tmp_path, keep_last, best, left):
+    for step in (10, 20, 30, 40, 50):
+        publish(tmp_path, step)
+    checkpoint.retain(tmp_path, keep_last, best)
+    assert steps(tmp_path) == left
+
+
+def test_a_checkpoint_is_found_by_last_best_or_step(tmp_path):
+    for step in (20, 40, 1_000_020):
+        publish(tmp_path, step, best_step=40)
+    found = {which: checkpoint.find(tmp_path, which).name for which in ("last", "best", "20", "1000020")}
+    assert found == {
+        "last": "step-1000020",
+        "best": "step-000040",
+        "20": "step-000020",
+        "1000020": "step-1000020",
+    }
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    with pytest.raises(UserError, match="checkpoints holds no checkpoint"):
+        checkpoint.find(tmp_path, "last")
+    for step in (20, 40):
+        publish(tmp_path, step, best_step=None)
+    for which in ("30", "best", "newest"):
+        with pytest.raises(UserError, match=f"no checkpoint '{which}'; it has: step-000020, step-000040"):
+            checkpoint.find(tmp_path, which)
+
+
+@pytest.mark.parametrize(
+    ("what", "world_size", "stage"), [("ranks 2, and this run has 4", 4, 1), ("stage 1.*has 3", 2, 3)]
+)
+def test_another_world_or_stage_is_refused_before_anything_is_loaded(tmp_path, what, world_size, stage):
+    path = publish(tmp_path, 20, world_size=2, zero_stage=1)
+    engine = SimpleNamespace(stage=stage, load=None)
+    with pytest.raises(UserError, match=what):
+        checkpoint.load(path, engine, SimpleNamespace(rank=0, size=world_size))
+
+
+def test_a_checkpoint_is_published_whole_under_its_step(tmp_path):
+    path = publish(tmp_path, 20, best_step=7)
+    assert path == tmp_path / "checkpoints" / "step-000020"
+    assert checkpoint.damage(path) is None
+    assert {p.name for p in path.iterdir()} == {"deepspeed", "rank-0.pt", "state.json", "manifest.json"}
+    assert checkpoint.read_state(path) == {
+        "step": 20,
+        "world_size": 1,
+        "zero_stage": 2,
+        "frozen": True,
+        "best_step": 7,
+    }
+
+
+def test_a_step_that_is_saved_again_replaces_what_was_there(tmp_path):
+    first = publish(tmp_path, 20)
+    (first / "stale").touch()
+    assert publish(tmp_path, 20) == first
+    assert checkpoint.damage(first) is None and not (first / "stale").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_is_said_in_words_and_leaves_the_earlier_checkpoints_whole(tmp_path, error):
+    publish(tmp_path, 20)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*step-000040: .*(No space left|Writer failed)"):
+        publish(tmp_path, 40, error)
+    assert names(tmp_path) == ["step-000020"]
+    assert checkpoint.newest_whole(tmp_path, print).name == "step-000020"
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_nothing_under_the_final_name(tmp_path):
+    publish(tmp_path, 20)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 40, KeyboardInterrupt)
+    assert names(tmp_path) == ["step-000020"]
+    publish(tmp_path, 40)  # over what is left of the first attempt
+    assert checkpoint.damage(tmp_path / "checkpoints" / "step-000040") is None
+
+
+@pytest.mark.parametrize("moment", ["manifest.json", "state.json"])
+def test_a_kill_just_before_publication_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, moment):
+    write_json = checkpoint.write_json
+
+    def killed(path: Path, value):
+        if path.name == moment:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(checkpoint, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 40)
+    assert names(tmp_path) == []
