@@ -23,7 +23,7 @@ from dsft import checkpoint, loop
 from dsft.config import check, load
 from dsft.config.schema import Config, Precision
 from dsft.data import audit as audits
-from dsft.data import dataset
+from dsft.data import dataset, sources
 from dsft.data.batch import collate
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
@@ -75,6 +75,9 @@ def _run(config: Config, place: Place) -> int:
         max_grad_norm=config.optim.max_grad_norm,
     )
     check.check(config, ds, place.world_size, [name for name in METRICS if name.startswith("eval/")])
+    for spec in (config.data.train, config.data.validation):
+        if spec is not None:
+            sources.files(spec)  # a missing file is told before a model is converted
     # reading and tokenising may take hours: done before there is a process group that could time out
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)

@@ -27,6 +27,9 @@ ROLES = {
 }
 """Role as written -> role that chat templates know."""
 
+CALL = "function_call"
+"""ShareGPT's role for an assistant's turn that is nothing but a tool call, written as JSON."""
+
 
 def to_conversation(fields: Fields, origin: str) -> Conversation:
     """The conversation that a record holds, whatever its shape.
@@ -106,14 +109,36 @@ def _turn(turn: Any, field: str) -> Message:
     role = turn.get(role_key)
     if role is None:
         raise ValueError(f"field `{field}.role` is missing")
+    if role == CALL:
+        calls = _from_json(turn.get(content_key), f"{field}.{content_key}")
+        return _calling({"role": "assistant", "content": "", "tool_calls": calls}, field)
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join(ROLES)}")
+        raise ValueError(f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join([*ROLES, CALL])}")
     content = turn.get(content_key)
     if content is None and not turn.get("tool_calls"):
         raise ValueError(f"field `{field}.{content_key}` is missing")
     others = {key: item for key, item in turn.items() if key not in (role_key, content_key) and item is not None}
     content = "" if content is None else _content(content, f"{field}.{content_key}")
-    return {"role": ROLES[role.lower()], "content": content, **others}
+    return _calling({"role": ROLES[role.lower()], "content": content, **others}, field)
+
+
+def _calling(message: Message, field: str) -> Message:
+    """The message with its tool calls as templates expect them: wrapped in `function`, arguments as an object.
+
+    OpenAI's interface writes arguments as a JSON string, which a template would quote once more.
+    """
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    made = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise ValueError(f"field `{field}.tool_calls[{number}]` is not an object with a function's name")
+        place = f"{field}.tool_calls[{number}].arguments"
+        function = {**function, "arguments": _from_json(function.get("arguments", {}), place)}
+        made.append({"type": "function", **(call if "function" in call else {}), "function": function})
+    return {**message, "tool_calls": made}
 
 
 def _content(value: Any, field: str) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import helpers
+import psutil
 import pytest
 
 SHORT = ["train.max_steps=3", "train.samples=0", "train.export=false"]
@@ -111,6 +112,21 @@ def test_a_sweep_without_a_launcher_trains_each_job(base, scratch, tmp_path):
     assert [row["step"] for row in first] == [row["step"] for row in second]
     assert first[0] == second[0]  # the evaluation before any step
     assert first[-1]["eval/loss"] != second[-1]["eval/loss"]
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="another process's limits cannot be set here")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_one_rank_that_cannot_write_ends_both(base, scratch, tmp_path, stage):
+    run_dir = tmp_path / "run"
+    arguments = [f"run_dir={run_dir}", *base, *ENDLESS, "train.save_every=50", f"deepspeed={stage}"]
+    with helpers.start(arguments, scratch) as running:
+        running.until(helpers.reached(run_dir, 2))
+        running.ranks()[1].rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
+        result = running.wait(90)
+    assert result.code == 2, result.err
+    assert f"rank 1: cannot write the checkpoint {run_dir}/checkpoints/step-000050" in result.err
+    assert "Traceback" not in result.err
+    assert not list((run_dir / "checkpoints").iterdir())
 
 
 @pytest.fixture

@@ -125,3 +125,31 @@ def test_tool_calls_stay_as_they_are():
 def test_a_bad_record_is_named_by_origin_and_field(fields, problem):
     with pytest.raises(BadRecord, match=r"^f\.jsonl:7: .*" + problem):
         to_conversation(fields, "f.jsonl:7")
+
+
+def test_tool_calls_of_sharegpt_and_openai_become_what_templates_expect():
+    """A call written as JSON text must reach the template as an object, or it is quoted twice."""
+    weather = {"name": "weather", "arguments": {"city": "北京"}}
+    sharegpt = [
+        {"from": "human", "value": "北京天气"},
+        {"from": "function_call", "value": json.dumps(weather, ensure_ascii=False)},
+        {"from": "observation", "value": "晴"},
+        {"from": "gpt", "value": "晴天"},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+    openai = [
+        {"role": "user", "content": "北京天气"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "晴"},
+        {"role": "assistant", "content": "晴天"},
+    ]
+    for name, turns in (("conversations", sharegpt), ("messages", openai)):
+        messages = to_conversation({name: turns}, "x:1").messages
+        assert messages[1]["tool_calls"][0]["function"] == weather
+        assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_tool_call_without_a_name_is_told():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"id": 3}]}]
+    with pytest.raises(BadRecord, match=r"tool_calls\[0\].* function's name"):
+        to_conversation({"messages": turns}, "x:1")
