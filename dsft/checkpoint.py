@@ -100,7 +100,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def checkpoints(run_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [p for p in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(NAME.fullmatch(p.name)[1]))
+    return sorted(found, key=_step)
 
 
 def damage(path: Path) -> str | None:
@@ -135,10 +135,15 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(part)
 
 
-def retain(run_dir: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the last `keep_last` and the best."""
-    for path in checkpoints(run_dir)[:-keep_last]:
-        if best_step is None or path.name != f"step-{best_step:06d}":
+def retain(run_dir: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the best and the last `keep_last` up to `step`.
+
+    Later ones are of a course that was given up: they were damaged, or the run went on from an earlier one.
+    """
+    found = checkpoints(run_dir)
+    past = [path for path in found if _step(path) <= step]
+    for path in found:
+        if path not in past[-keep_last:] and _step(path) != best_step:
             shutil.rmtree(path)
 
 
@@ -157,7 +162,7 @@ def find(run_dir: Path, which: str) -> Path:
     if which == "best":
         best = read_state(all_[-1]).get("best_step")
         which = str(best) if best is not None else which
-    named = {str(int(NAME.fullmatch(p.name)[1])): p for p in all_}
+    named = {str(_step(path)): path for path in all_}
     if which not in named:
         raise UserError(f"{run_dir} has no checkpoint {which!r}; it has: {have}")
     return named[which]
@@ -178,6 +183,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     else:
         named = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=False)
     return {name.removeprefix("model."): tensor for name, tensor in named.items()}
+
+
+def _step(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 @contextmanager

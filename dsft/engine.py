@@ -77,6 +77,8 @@ class Engine:
         self._hf_config = HfDeepSpeedConfig(ds_config) if self.stage == 3 else None
         self._plain = self.stage == 0 and not ds_config["fp16"]["enabled"] and not ds_config["bf16"]["enabled"]
         self._half_stage_0 = self.stage == 0 and ds_config["fp16"]["enabled"]
+        if self.stage < 3:
+            module.to(world.device)  # optimizers choose their kernel by where the weights are
         optimizer = build(
             parameter_groups(module, optim),
             optim,

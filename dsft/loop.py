@@ -202,7 +202,7 @@ class Loop:
         }
         path = checkpoint.save(self.run_dir, self.counters.step, self.engine, self.world, state, self.save_frozen)
         if self.world.is_main:
-            checkpoint.retain(self.run_dir, self.train.keep_last, self.counters.best_step)
+            checkpoint.retain(self.run_dir, self.counters.step, self.train.keep_last, self.counters.best_step)
         self.tracker.note(f"saved {path}")
 
     def resume(self, path: Path) -> dict[str, Any]:

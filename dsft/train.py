@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import platform
 import shutil
@@ -59,7 +60,15 @@ def run(config: Config) -> int:
     """
     place = discover()
     with _only_run(Path(config.run_dir), place):
-        return _run(config, place)
+        try:
+            return _run(config, place)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk is full: {problem.filename or config.run_dir}. Make room, and the same command goes on "
+                "from the last checkpoint."
+            ) from problem
 
 
 def _run(config: Config, place: Place) -> int:

@@ -1,5 +1,6 @@
 """Fixtures that every layer of tests shares."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector off the million objects that imports have made and no test will ever free."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(scope="session")

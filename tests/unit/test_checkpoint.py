@@ -12,6 +12,11 @@ from dsft import checkpoint
 from dsft.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: None)
+
+
 class FakeEngine:
     """Writes one file where DeepSpeed would write many; may be killed, or find the disk full, while it does."""
 
@@ -153,7 +158,7 @@ def test_what_a_kill_left_behind_is_never_taken_for_a_checkpoint_and_goes_away(t
 
 def test_a_fresh_run_directory_has_nothing_to_clean_or_thin_out(tmp_path):
     checkpoint.clean(tmp_path)
-    checkpoint.retain(tmp_path, 2, None)
+    checkpoint.retain(tmp_path, 10, 2, None)
     assert names(tmp_path) == []
 
 
@@ -178,8 +183,15 @@ def test_checkpoints_are_ordered_by_step_and_not_by_name(tmp_path):
 def test_the_last_and_the_best_are_kept(tmp_path, keep_last, best, left):
     for step in (10, 20, 30, 40, 50):
         publish(tmp_path, step)
-    checkpoint.retain(tmp_path, keep_last, best)
+    checkpoint.retain(tmp_path, 50, keep_last, best)
     assert steps(tmp_path) == left
+
+
+def test_checkpoints_of_a_course_that_was_given_up_do_not_crowd_out_the_new_one(tmp_path):
+    for step in (10, 20, 25, 30, 40):
+        publish(tmp_path, step)
+    checkpoint.retain(tmp_path, 25, 2, 10)
+    assert steps(tmp_path) == [10, 20, 25]
 
 
 def test_a_checkpoint_is_found_by_last_best_or_step(tmp_path):

@@ -13,6 +13,8 @@ from dsft.config.check import check
 from dsft.config.schema import Config
 from dsft.metrics import METRICS
 
+load.register()
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CONTRACT = {
     "model": {"smollm2_135m"},
@@ -38,7 +40,6 @@ NEEDED = {
 
 
 def compose(*overrides: str) -> Config:
-    load.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return load.from_hydra(hydra.compose("config", overrides=list(overrides)))
 

@@ -16,6 +16,8 @@ from dsft.config import load, schema, table
 from dsft.config.schema import ActivationCheckpointing, Config, Method, OptimName, Precision
 from dsft.errors import UserError
 
+load.register()
+
 ROOT = Path(__file__).resolve().parents[2]
 CONF = str(ROOT / "conf")
 TRAIN = ROOT / "launch" / "train.py"
@@ -23,7 +25,6 @@ TRAIN = ROOT / "launch" / "train.py"
 
 @pytest.fixture(autouse=True)
 def _schema(monkeypatch):
-    load.register()
     for name in (*load._LOCAL_RANKS, "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored afterwards: `reporting` sets it

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -221,10 +222,20 @@ def test_one_process_and_two_write_the_same_bytes(tmp_path, data, monkeypatch):
         prepare(skip, TOKENIZER, "t", seed=0)
         (entry,) = entries(skip)
         written[workers] = {path.name: path.read_bytes() for path in sorted(entry.iterdir())}
-        with pytest.raises(BadRecord, match=r"train.jsonl:41: not JSON"):
-            prepare(replace(skip, on_bad_record=OnBadRecord.error), TOKENIZER, "t", seed=0)
     assert written[1] == written[2]
     assert set(written[1]) == {"audit.json", *(f"{name}.npy" for name in dataset.ARRAYS)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_bad_record_stops_one_worker_and_two(tmp_path, data, monkeypatch, workers):
+    monkeypatch.setattr(dataset, "POOL_FROM", 10)
+    monkeypatch.setattr(dataset, "CHUNK", 3)
+    # threads instead of processes, which take seconds to start
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda count, _, **rest: ThreadPoolExecutor(count, **rest))
+    with dataset.Path(data.train).open("a", encoding="utf-8") as file:
+        file.write('{"text": \n{"instruction": "x"}\n' + json.dumps(record(41)))
+    with pytest.raises(BadRecord, match=r"train.jsonl:41: not JSON"):
+        prepare(replace(data, num_workers=workers), TOKENIZER, "t", seed=0)
 
 
 def test_a_bad_record_stops_the_run_or_is_counted_and_listed(tmp_path, data):

@@ -16,6 +16,8 @@ from dsft.config.check import check
 from dsft.data import shapes
 from dsft.metrics import METRICS
 
+load.register()
+
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.zh-CN.md"]
 RANKS = 2
@@ -61,7 +63,6 @@ def test_both_languages_show_the_same_commands():
 def test_a_command_composes_and_its_settings_agree(command):
     words = [word for word in shlex.split(command, comments=True) if word not in ("-m", "--cfg", "job")]
     overrides = [word.split(",")[0] if " -m " in command else word for word in words]
-    load.register()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = load.from_hydra(hydra.compose("config", overrides=overrides))
     check(config, ds_config.read(config.deepspeed.json), RANKS, METRICS)

@@ -129,7 +129,7 @@ def test_rounding_does_not_build_up_over_a_long_run(name, floor):
         done = (k - warmup) / (total - warmup)
         fall = 1 - done if name is LINEAR else (1 + math.cos(math.pi * done)) / 2
         expected = (k + 1) / warmup if k < warmup else floor + (1 - floor) * fall
-        assert value == pytest.approx(expected, rel=1e-9)
+        assert math.isclose(value, expected, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -216,14 +216,14 @@ def no_credentials(monkeypatch, tmp_path):
 
 
 def offline_records(run_dir, run_id):
-    """What W&B has on disk for a run, oldest session first.
+    """What W&B has on disk for a run.
 
     The file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB, in them fragments of records, each with a
     header of 7 bytes (checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last).
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted(run_dir.glob(f"wandb/offline-run-*-{run_id}/*.wandb"), key=os.path.getmtime):
+    for path in run_dir.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
         content, place, record = path.read_bytes(), 7, b""
         while place < len(content):
             if (left := -place % 32768) and left < 7:
@@ -246,13 +246,14 @@ def test_without_a_key_wandb_records_offline_and_goes_on_under_the_same_id(no_cr
     sink.samples(1, [{"step": 1, "prompt": "你好", "reference": "r", "answer": "a"}])
     sink.audit({"records": {"kept": 3}})
     sink.finish()
-    again = WandbSink(TrackingConfig(project="试"), tmp_path, "run", {}, sink.run_id, notes.append)
+    (tmp_path / "later").mkdir()  # W&B names its directories by the second, and this is the same one
+    again = WandbSink(TrackingConfig(project="试"), tmp_path / "later", "run", {}, sink.run_id, notes.append)
     again.log({"step": 7, "train/loss": 1.5})
     again.finish()
 
     assert again.run_id == sink.run_id
     assert len(notes) == 2 and all("wandb sync" in note for note in notes)
-    records = list(offline_records(tmp_path, sink.run_id))
+    records = [r for place in (tmp_path, tmp_path / "later") for r in offline_records(place, sink.run_id)]
     runs = [record.run for record in records if record.HasField("run")]
     assert {(run.run_id, run.project) for run in runs} == {(sink.run_id, "试")}
     assert [json.loads(i.value_json) for i in runs[0].config.update if i.key == "optim"] == [{"lr": 0.5}]
