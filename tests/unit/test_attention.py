@@ -208,25 +208,3 @@ def test_a_kernel_that_cannot_run_here_is_refused(kernel):
         UserError, match=rf"model\.attention={kernel.value} needs a CUDA device.*device is cpu.*bfloat16"
     ):
         attention.choose_kernel(kernel, CPU, torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", [Attention.torch_varlen, Attention.flash])
-@pytest.mark.parametrize("window", [None, 5])
-def test_variable_length_kernels_agree_with_the_loop_over_documents(kernel, window):
-    cuda = torch.device("cuda")
-    try:
-        attention.choose_kernel(kernel, cuda, torch.bfloat16)
-    except UserError:
-        pytest.skip(f"{kernel.value} is not installed")
-    torch.manual_seed(0)
-    lengths = [7, 130, 1, 64]
-    shapes = [(1, heads, sum(lengths), 64) for heads in (8, 2, 2)]
-    tensors = [torch.randn(shape, device=cuda, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    results = []
-    for chosen in (kernel, Attention.per_document):
-        documents = attention.Documents.of(lengths, cuda, chosen)
-        output, _ = attention.attention(torch.nn.Identity(), *tensors, None, documents=documents, sliding_window=window)
-        results.append((output, *torch.autograd.grad(output.float().square().sum(), tensors)))
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).float().norm() / expected.float().norm() < 0.02
