@@ -21,7 +21,7 @@ import torch
 
 from dsft.engine import Engine
 from dsft.errors import UserError
-from dsft.runtime.files import write_json
+from dsft.runtime.files import sync_directory, write_json
 from dsft.runtime.seeds import random_state, restore_random_state
 from dsft.runtime.world import World
 
@@ -54,7 +54,7 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
         with _together(world, final):
             if world.is_main:
                 shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
+                (part / TAG).mkdir(parents=True)
         with _together(world, final):
             engine.save(str(part), TAG, frozen)
             torch.save(random_state(), part / f"rank-{world.rank}.pt")
@@ -160,7 +160,7 @@ def find(run_dir: Path, which: str) -> Path:
     if which == "last":
         return all_[-1]
     if which == "best":
-        best = read_state(all_[-1]).get("best_step")
+        best = next((read_state(p)["best_step"] for p in reversed(all_) if damage(p) is None), None)
         which = str(best) if best is not None else which
     named = {str(_step(path)): path for path in all_}
     if which not in named:
@@ -172,12 +172,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint of any ZeRO stage and number of ranks, whole, on the CPU.
 
     Returns:
-        Parameter name (of the model, without the task's prefix) to tensor; fp32 where DeepSpeed kept a master copy.
+        Parameter name (of the model, without the task's prefix) to tensor: in the type that was trained in, and in
+        fp32 from ZeRO-3, whose whole weights exist only as the optimizer's parts.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = read_state(path)
-    if state["zero_stage"] == 0:
+    if read_state(path)["zero_stage"] < 3:
         file = path / TAG / "mp_rank_00_model_states.pt"
         named = torch.load(file, map_location="cpu", weights_only=False)["module"]
     else:
@@ -217,7 +217,7 @@ def _publish(part: Path, final: Path, meta: dict[str, Any], files: dict[str, dic
     write_json(part / MANIFEST, {"step": meta["step"], "files": dict(sorted(files.items()))})
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -225,11 +225,3 @@ def _describe(path: Path) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

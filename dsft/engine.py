@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,6 +58,39 @@ def building(ds_config: dict[str, Any]) -> Iterator[None]:
         del alive
 
 
+class Stopwatch:
+    """Adds up the time spent inside `with`, on the device's own clock where it has one.
+
+    Args:
+        device: CUDA work is timed by events, which nothing has to wait for until the sum is taken.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple] = []
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self._begun = self._now()
+
+    def __exit__(self, *_):
+        self._spans.append((self._begun, self._now()))
+
+    def take(self) -> float:
+        """Seconds so far; begins anew."""
+        spans, self._spans = self._spans, []
+        if not self._cuda:
+            return sum(end - begin for begin, end in spans)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+
+
 class Engine:
     """Trains one module with DeepSpeed.
 
@@ -69,7 +102,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, world: World):
-        logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSFT_DEEPSPEED_LOG", "WARNING"))
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.world = world
         self.stage = stage(ds_config)
         self._clip = optim.max_grad_norm
@@ -86,9 +119,12 @@ class Engine:
             deepspeed_classes=DEEPSPEED_CLASSES,
         )
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        # it would write a script into every checkpoint; `checkpoint.weights` reads them without
+        self._engine._copy_recovery_script = lambda directory: None
         if self._plain:
             # `_update_plain` clips, as it has the norm anyway
             self._engine._config.gradient_clipping = 0.0
+        self._forwards = Stopwatch(world.device)
         self.skipped_steps = 0
         self.grad_norm = math.nan
 
@@ -96,6 +132,13 @@ class Engine:
     def module(self) -> nn.Module:
         """The module that is trained."""
         return self._engine.module
+
+    def forward_seconds(self) -> float:
+        """Seconds of this rank's forward passes since the last call: its own work, before it waits for other ranks.
+
+        Under ZeRO-3 a forward pass gathers weights, so that waiting is part of it.
+        """
+        return self._forwards.take()
 
     @property
     def loss_scale(self) -> float | None:
@@ -121,7 +164,8 @@ class Engine:
         tally = Tally()
         weight = self._unapplied_scale() * self.world.size / supervised
         for batch in batches:
-            loss, part = self._engine(batch.to(self.world.device))
+            with self._forwards:
+                loss, part = self._engine(batch.to(self.world.device))
             tally.add(part)
             self._engine.backward((loss * weight).float(), scale_wrt_gas=False)
             if batch is batches[-1]:
@@ -191,8 +235,27 @@ class Engine:
             directory: Parent directory.
             tag: Name of the subdirectory.
             frozen: Whether weights that are not trained are written too.
+
+        Raises:
+            OSError, RuntimeError: This rank could not write; raised when every rank has come through.
         """
-        self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=not frozen)
+        writer, failures = self._engine.checkpoint_engine, []
+        write = writer.save
+
+        def keep_failure(*args, **kwargs):
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as problem:
+                failures.append(problem)
+
+        # DeepSpeed has barriers after its writes: a rank that left before them would leave the others waiting there
+        writer.save = keep_failure
+        try:
+            self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=not frozen)
+        finally:
+            writer.save = write
+        if failures:
+            raise failures[0]
 
     def load(self, directory: str, tag: str, frozen: bool) -> None:
         """Read back what `save` wrote, into a fresh engine of the same stage and world size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import numpy as np
@@ -77,14 +78,19 @@ class Evaluator:
         """
         found = []
         with engine.inference() as module:
+            config = module.model.config.get_text_config()
+            positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
             for number in range(min(self._samples, len(self._dataset))):
                 example = self._dataset[number]
                 prompt, reference = split_prompt(example)
+                room = min(self._sample_tokens, positions - len(prompt))
+                if room < 1:
+                    continue  # the prompt alone fills the model
                 ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self._world.device)
                 output = module.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self._sample_tokens,
+                    max_new_tokens=room,
                     do_sample=False,
                     pad_token_id=self._tokenizer.pad_token_id,
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dsft.data.loader import Loader, Step
 from dsft.engine import Engine
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
-from dsft.metrics import Tally
+from dsft.metrics import METRICS, Tally
 from dsft.optim import Schedule
 from dsft.runtime.signals import StopRequest
 from dsft.runtime.world import World, peak_memory
@@ -57,26 +57,30 @@ class Interval:
 
     tally: Tally = field(default_factory=Tally)
     seconds: float = 0.0
+    own_seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
 
-    def add(self, tally: Tally, seconds: float, tokens: int) -> None:
-        """Add one step."""
+    def add(self, tally: Tally, seconds: float, own_seconds: float, tokens: int) -> None:
+        """Add one step: its duration, and what of it was this rank's own work and not waiting for others."""
         self.tally.add(tally)
         self.seconds += seconds
+        self.own_seconds += own_seconds
         self.tokens += tokens
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         sums = {name: float(value) for name, value in self.tally.sums.items()}
-        return {"sums": sums, "seconds": self.seconds, "tokens": self.tokens, "steps": self.steps}
+        rest = ("seconds", "own_seconds", "tokens", "steps")
+        return {"sums": sums, **{name: getattr(self, name) for name in rest}}
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> Interval:
         """The interval that `state_dict` described."""
-        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state["sums"].items()}
-        return cls(Tally(sums), state["seconds"], state["tokens"], state["steps"])
+        state = dict(state)
+        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state.pop("sums").items()}
+        return cls(**(state | {"tally": Tally(sums)}))
 
 
 class Loop:
@@ -146,9 +150,12 @@ class Loop:
             self.tracker.note(f"this run is finished ({self.counters.finished}); nothing is left to train")
         steps = iter(self.loader)
         while self.counters.step < self.total_steps and not self.counters.finished:
-            signal = self.one_step(next(steps))
+            signal = self.one_step(steps)
             last = self.counters.step == self.total_steps
-            improved = (last or self._due(self.train.eval_every)) and self.evaluate()
+            improved = False
+            if last or self._due(self.train.eval_every):
+                improved = self.evaluate()
+                signal = signal or self._stop_signal(self.world.gather([self._stopping()]))
             if last:
                 self.counters.finished = "steps"
             if improved or signal or self.counters.finished or self._due(self.train.save_every):
@@ -158,22 +165,25 @@ class Loop:
         self.sample()
         return None
 
-    def one_step(self, step: Step) -> str | None:
+    def one_step(self, steps: Iterator[Step]) -> str | None:
         """Take one optimizer step, and log it where one is due. Returns a stop signal that any rank has received."""
         begun = time.perf_counter()
+        step = next(steps)
+        loading = time.perf_counter() - begun
         multiplier = self.schedule.multiplier
         tally, applied = self.engine.train_step(step.batches, step.supervised, multiplier)
         if applied:
             self.schedule.step()
-        self._interval.add(tally, time.perf_counter() - begun, step.tokens)
+        own_seconds = loading + self.engine.forward_seconds()
+        self._interval.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
         self._count(step, applied)
         log = self._due(self.train.log_every) or self.counters.step == self.total_steps
-        ranks = self.world.gather([float(self.stop.received is not None), *(self._numbers() if log else [])])
+        ranks = self.world.gather([self._stopping(), *(self._numbers() if log else [])])
         if log:
             self.tracker.write(self._row(ranks, multiplier))
             self._interval = Interval()
         self._refuse_endless_skipping()
-        return (self.stop.received or "a signal to another rank") if any(row[0] for row in ranks) else None
+        return self._stop_signal(ranks)
 
     def evaluate(self) -> bool:
         """Evaluate, remember the best, and ask for a stop when patience is over. True if this is the new best."""
@@ -214,6 +224,14 @@ class Loop:
         self._interval = Interval.of(state["intervals"][self.world.rank], self.world.device)
         return state
 
+    def _stopping(self) -> float:
+        """1 if this rank was asked to stop."""
+        return float(self.stop.received is not None)
+
+    def _stop_signal(self, ranks: list[list[float]]) -> str | None:
+        """The stop signal that some rank has received; each rank's row begins with `_stopping`."""
+        return (self.stop.received or "a signal to another rank") if any(row[0] for row in ranks) else None
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.counters.step % every == 0
 
@@ -228,12 +246,13 @@ class Loop:
     def _numbers(self) -> list[float]:
         """This rank's part of a row of training metrics."""
         sums = self._interval.tally.sums
-        seconds = self._interval.seconds / self._interval.steps
-        return [float(sums["nll"]), float(sums["supervised"]), seconds, float(peak_memory(self.world.device))]
+        seconds, own_seconds = (s / self._interval.steps for s in (self._interval.seconds, self._interval.own_seconds))
+        memory = peak_memory(self.world.device)
+        return [float(sums["nll"]), float(sums["supervised"]), seconds, own_seconds, float(memory)]
 
     def _row(self, ranks: list[list[float]], multiplier: float) -> dict[str, Any]:
         """A row of training metrics from every rank's numbers."""
-        _, nll, supervised, seconds, memory = zip(*ranks)
+        _, nll, supervised, seconds, own_seconds, memory = zip(*ranks)
         row = {
             "step": self.counters.step,
             "train/loss": sum(nll) / sum(supervised),
@@ -246,6 +265,9 @@ class Loop:
             "time/step_seconds_min": min(seconds),
             "time/step_seconds": sum(seconds) / len(seconds),
             "time/step_seconds_max": max(seconds),
+            "time/own_seconds_min": min(own_seconds),
+            "time/own_seconds": sum(own_seconds) / len(own_seconds),
+            "time/own_seconds_max": max(own_seconds),
             "time/tokens_per_second": self._interval.tokens / (max(seconds) * self._interval.steps),
             "memory/peak_bytes": int(max(memory)),
         }
@@ -257,7 +279,7 @@ class Loop:
         """Compare with the best evaluation so far; returns whether this one is better."""
         counters, train = self.counters, self.train
         value = metrics[train.best_metric]
-        sign = 1 if train.greater_is_better else -1
+        sign = 1 if METRICS[train.best_metric].greater_is_better else -1
         better = counters.best is None or sign * (value - counters.best) > 0
         if better:
             counters.best, counters.best_step = value, counters.step

@@ -107,53 +107,64 @@ def _run(config: Config, place: Place) -> int:
 
     stop = StopRequest()
     world = join(place)
-    try:
-        # decided by rank 0 alone: hosts may stand in different working directories
-        run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
-        world.agree("the training data", train_set.key)
-        seed_everything(config.train.seed, config.train.deterministic)
-        engine = _engine(config, ds, source, precision, world)
-        resume_from = _from_main(world, partial(_resume_from, config, run_dir))
-        saved = checkpoint.read_state(resume_from) if resume_from else {}
-        tracker = _tracker(config, run_dir, world, total_steps, saved)
-        environment = _environment(world)
-        if world.is_main:
-            write_json(run_dir / "environment.json", environment)
-            _describe_run(config, ds, run_dir, tracker, audit)
-            audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
-            tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
-        the_loop = loop.Loop(
-            engine=engine,
-            loader=Loader(
-                train_set,
-                train_set.lengths,
-                train_set.supervised_counts,
-                planner,
-                world.rank,
-                world.size,
-                sizes.micro_batch_size,
-                sizes.gradient_accumulation_steps,
-            ),
-            evaluator=_evaluator(config, validation, tokenizer, world, sizes.micro_batch_size),
-            schedule=Schedule(config.schedule, total_steps, planner.steps(0)),
-            tracker=tracker,
-            world=world,
-            stop=stop,
-            train=config.train,
-            total_steps=total_steps,
-            peak_lr=config.optim.lr,
-            run_dir=run_dir,
-            save_frozen=_save_frozen(engine),
-            extra_state=lambda: {"data": train_set.key, "wandb_id": world.broadcast(tracker.run_id)},
-        )
-        if resume_from:
-            _resume(the_loop, resume_from, train_set.key, tracker)
-        signal = the_loop.run()
-        if signal is None and config.train.export:
-            _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
-        return _conclude(run_dir, signal, world, tracker)
-    finally:
-        leave()
+    # decided by rank 0 alone: hosts may stand in different working directories
+    run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
+    for what, value in {
+        "the training data": train_set.key,
+        "the validation data": validation.key if validation else "none",
+        "the model": source.fingerprint,
+        "the precision": precision.value,
+    }.items():
+        world.agree(what, value)
+    identity = _identity(config, precision, source)
+    seed_everything(config.train.seed, config.train.deterministic)
+    engine = _engine(config, ds, source, precision, world)
+    resume_from = _from_main(world, partial(_resume_from, config, run_dir))
+    saved = checkpoint.read_state(resume_from) if resume_from else {}
+    tracker = _tracker(config, run_dir, world, total_steps, saved)
+    environment = _environment(world)
+    if world.is_main:
+        write_json(run_dir / "environment.json", environment)
+        _describe_run(config, ds, run_dir, tracker, audit)
+        audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
+        tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
+    the_loop = loop.Loop(
+        engine=engine,
+        loader=Loader(
+            train_set,
+            train_set.lengths,
+            train_set.supervised_counts,
+            planner,
+            world.rank,
+            world.size,
+            sizes.micro_batch_size,
+            sizes.gradient_accumulation_steps,
+        ),
+        evaluator=_evaluator(config, validation, tokenizer, world, sizes.micro_batch_size),
+        schedule=Schedule(config.schedule, total_steps, planner.steps(0)),
+        tracker=tracker,
+        world=world,
+        stop=stop,
+        train=config.train,
+        total_steps=total_steps,
+        peak_lr=config.optim.lr,
+        run_dir=run_dir,
+        save_frozen=_save_frozen(engine),
+        extra_state=lambda: {
+            "data": train_set.key,
+            "identity": identity,
+            "wandb_id": world.broadcast(tracker.run_id),
+        },
+    )
+    if resume_from:
+        _resume(the_loop, resume_from, train_set.key, identity, tracker)
+    signal = the_loop.run()
+    if signal is None and config.train.export:
+        _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
+    code = _conclude(run_dir, signal, world, tracker)
+    # only where all is well: after an error the others may be stuck, and leaving would wait for them
+    leave()
+    return code
 
 
 def check_model(config: Config, source: models.ModelSource, tokenizer) -> None:
@@ -214,7 +225,11 @@ def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, aud
     """Write down what is about to happen, and what of it is new since the run began."""
     file = run_dir / "config.yaml"
     if file.exists():
-        for line in load.diff(load.load_yaml(file), config):
+        try:
+            changes = load.diff(load.load_yaml(file), config)
+        except UserError as problem:
+            changes = [f"the config before cannot be read ({problem})"]
+        for line in changes:
             tracker.note(f"changed since this run began: {line}")
     write_text(file, load.to_yaml(config))
     write_json(run_dir / "ds_config.json", ds)
@@ -258,7 +273,7 @@ def _epochs(config: Config) -> int | None:
 
 
 def _save_frozen(engine: Engine) -> bool:
-    """Frozen weights need no saving while the model can be had again; DeepSpeed leaves them out by itself."""
+    """True if nothing is frozen: frozen weights are as the model brought them, and are left out of checkpoints."""
     return all(p.requires_grad for p in engine.module.parameters())
 
 
@@ -275,6 +290,8 @@ def _only_run(run_dir: Path, place: Place) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another run is using run_dir={run_dir}; wait for it, or choose another run_dir") from None
+    except NotImplementedError:
+        raise UserError(f"run_dir={run_dir} is on a file system without locks; choose another place") from None
     except OSError as problem:
         raise UserError(f"run_dir={run_dir} cannot be written to: {problem.strerror}") from None
     try:
@@ -309,24 +326,51 @@ def _resume_from(config: Config, run_dir: Path) -> Path | None:
                 "run_dir, delete this one, or use train.resume=auto."
             )
         return None
-    if config.train.resume == "auto":
-        return checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
+    own = checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
+    if own is None and checkpoint.checkpoints(run_dir):
+        raise UserError(
+            f"run_dir={run_dir} holds checkpoints, but none of them is whole. Delete its checkpoints/ to start anew, "
+            "or choose another run_dir."
+        )
+    # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
+    if config.train.resume == "auto" or own is not None:
+        return own
     path = Path(config.train.resume).expanduser().absolute()
     if problem := checkpoint.damage(path):
         raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
     return path
 
 
-def _resume(the_loop: loop.Loop, path: Path, data_key: str, tracker) -> None:
+def _identity(config: Config, precision: Precision, source: models.ModelSource) -> dict[str, str]:
+    """What a run is made of and cannot change on its way; by knob."""
+    tuned = {f"tuning.{name}": str(value) for name, value in vars(config.tuning).items() if name != "neftune_alpha"}
+    return tuned | {
+        "model.path": source.fingerprint,
+        "precision": precision.value,
+        "optim.name": config.optim.name.value,
+        "optim.layer_decay": str(config.optim.layer_decay),
+    }
+
+
+def _resume(the_loop: loop.Loop, path: Path, data_key: str, identity: dict[str, str], tracker) -> None:
     """Put everything back to where the checkpoint stood."""
     state = checkpoint.read_state(path)
+    for knob, now in identity.items():
+        if (then := state["identity"].get(knob)) != now:
+            raise UserError(
+                f"{path} was saved with {knob}={then}, and this run has {now}: that is another run. Restore it, or "
+                "choose another run_dir."
+            )
     if state["data"] != data_key and state["loader"]["step_in_epoch"]:
         raise UserError(
             f"the training data, or how it is rendered, changed since {path} was saved in the middle of an epoch, so "
             "its place in the data means nothing now. Restore the data settings, or choose another run_dir."
         )
     the_loop.resume(path)
-    dropped = tracker.rewind(state["step"])
+    if path.parents[1] != the_loop.run_dir:
+        # the best checkpoint lies in the other run's directory, where nobody would look for it
+        the_loop.counters.best = the_loop.counters.best_step = None
+    dropped = _from_main(the_loop.world, lambda: tracker.rewind(state["step"]))
     again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
     tracker.note(f"resuming from {path} at step {state['step']}{again}")
 
@@ -354,8 +398,8 @@ def _export(config, run_dir: Path, engine: Engine, tokenizer, example, precision
                     f"exported {run_dir / 'model'}; reloaded logits deviate by {report.relative:.1e} (relative), "
                     f"the first guess agrees at {report.argmax_agreement:.1%} of positions"
                 )
-        except UserError as problem:
-            error = str(problem)
+        except Exception as problem:  # whatever it is, the other ranks wait to hear of it
+            error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, UserError) else str(problem)
         world.all_succeed(error)
 
 

@@ -27,7 +27,6 @@ from dsft.config.zero import offloads_optimizer, offloads_parameters, stage
 from dsft.errors import UserError
 
 DEFAULT_MICRO_BATCH_SIZE = 4
-_GREATER_IS_BETTER = {"eval/loss": False, "eval/perplexity": False, "eval/token_accuracy": True}
 
 
 @dataclass(frozen=True)
@@ -292,12 +291,6 @@ def _metric_names(config: Config, names: list[str]) -> Iterator[str]:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
             yield f"{knob}={name} is no metric of an evaluation: {hint}"
-    metric, greater = config.train.best_metric, config.train.greater_is_better
-    if _GREATER_IS_BETTER.get(metric, greater) != greater:
-        yield (
-            f"train.best_metric={metric} with train.greater_is_better={_text(greater)} would keep the worst "
-            f"checkpoint: set train.greater_is_better={_text(not greater)}."
-        )
 
 
 def _zero(config: Config, ds: dict[str, Any]) -> Iterator[str]:

@@ -200,11 +200,11 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW, Lion: decay of the first and the second moment."""
+    """AdamW, Lion, and Muon's AdamW: decay of the first and the second moment."""
     eps: float = 1e-8
-    """AdamW: added to the denominator."""
+    """AdamW, and Muon's AdamW: added to the denominator."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; never applied to norms, biases and embeddings."""
+    """Weight decay, decoupled except with SGD; never applied to norms, biases and embeddings."""
     momentum: float = 0.9
     """SGD, Muon: momentum."""
     max_grad_norm: float = 1.0
@@ -257,8 +257,6 @@ class TrainConfig:
     """`auto` goes on from the newest whole checkpoint of `run_dir`, `never` starts anew, PATH is one checkpoint."""
     best_metric: str = "eval/loss"
     """Metric that picks the best checkpoint."""
-    greater_is_better: bool = False
-    """Whether a larger `best_metric` is better."""
     early_stopping_patience: int = 0
     """Stop after this many evaluations without improvement of `best_metric`; 0 is off."""
     early_stopping_min_delta: float = 0.0

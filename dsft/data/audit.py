@@ -79,6 +79,12 @@ def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizer
     for label, cells in _rows(list(splits.values())):
         table.add_row(label, *cells)
     console.print(table)
+    if packing := audit.get("packing"):
+        console.print(
+            f"packing={packing['packing']}: {packing['examples']:,} examples in {packing['rows']:,} rows, "
+            f"{packing['row_fill']:.1%} full; {packing['steps_per_epoch']:,} steps per epoch",
+            highlight=False,
+        )
     for name, split in splits.items():
         for bad in split["bad_records"][:3]:
             console.print(Text(f"{name}: left out {bad['origin']}: {bad['problem']}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,26 +83,24 @@ class Loader:
         """Epochs done, counted in steps: 1.5 is half-way through the second."""
         return self.epoch + self.step_in_epoch / self._planner.steps(self.epoch)
 
-    def state_dict(self) -> dict[str, int]:
-        """The cursor: where the next step will be taken from."""
-        return {
-            "epoch": self.epoch,
-            "step_in_epoch": self.step_in_epoch,
-            "global_batch_size": self._planner.global_batch_size,
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor: where the next step will be taken from, and by which plan."""
+        at_end = self.step_in_epoch == self._planner.steps(self.epoch)
+        epoch, step = (self.epoch + 1, 0) if at_end else (self.epoch, self.step_in_epoch)
+        return {"epoch": epoch, "step_in_epoch": step, "plan": self._planner.settings}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a cursor.
 
         Raises:
-            UserError: The cursor counts steps of another global batch size and stands within an epoch.
+            UserError: The cursor stands within an epoch that was planned by other settings.
         """
-        size = self._planner.global_batch_size
-        if state["global_batch_size"] != size and state["step_in_epoch"]:
-            raise UserError(
-                f"the checkpoint stands within an epoch of global batches of {state['global_batch_size']} rows, and "
-                f"this run has {size}; set batch.global_batch_size={state['global_batch_size']}"
-            )
+        for knob, value in self._planner.settings.items():
+            if state["step_in_epoch"] and state["plan"][knob] != value:
+                raise UserError(
+                    f"the checkpoint stands within an epoch planned with {knob}={state['plan'][knob]}, and this run "
+                    f"has {value}, so its place in the data means nothing; set {knob}={state['plan'][knob]}"
+                )
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
 
     def _load(self, epoch: int, step: int) -> Step:

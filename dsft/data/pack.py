@@ -96,6 +96,9 @@ class Planner:
         window: Examples that are packed together.
         seed: Seed of the run.
         global_batch_size: Rows per optimizer step.
+
+    Attributes:
+        settings: What, beside the data, decides which examples make up which step; by knob.
     """
 
     def __init__(
@@ -103,6 +106,13 @@ class Planner:
     ):
         self.global_batch_size = global_batch_size
         self._lengths, self._packing, self._capacity = lengths, packing, capacity
+        self.settings = {
+            "data.packing": packing.value,
+            "data.max_length": capacity,
+            "data.pack_window": window,
+            "train.seed": seed,
+            "batch.global_batch_size": global_batch_size,
+        }
         self.epoch = lru_cache(maxsize=2)(lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch))
 
     def steps(self, epoch: int) -> int:

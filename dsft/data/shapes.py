@@ -113,7 +113,9 @@ def _turn(turn: Any, field: str) -> Message:
         calls = _from_json(turn.get(content_key), f"{field}.{content_key}")
         return _calling({"role": "assistant", "content": "", "tool_calls": calls}, field)
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join([*ROLES, CALL])}")
+        raise ValueError(
+            f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join([*ROLES, CALL])}"
+        )
     content = turn.get(content_key)
     if content is None and not turn.get("tool_calls"):
         raise ValueError(f"field `{field}.{content_key}` is missing")

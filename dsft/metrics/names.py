@@ -14,10 +14,12 @@ class Metric:
         unit: What the number counts.
         reduction: How ranks make one number: `ratio` (sum over sum), `sum`, `max`, `min/mean/max` (three rows), or
             `same` (every rank has it already).
+        greater_is_better: Which way is up, where one value is to be chosen over another.
     """
 
     unit: str
     reduction: str
+    greater_is_better: bool = False
 
 
 METRICS: dict[str, Metric] = {
@@ -32,12 +34,15 @@ METRICS: dict[str, Metric] = {
     "time/step_seconds": Metric("seconds, mean over ranks", "min/mean/max"),
     "time/step_seconds_min": Metric("seconds, fastest rank", "min/mean/max"),
     "time/step_seconds_max": Metric("seconds, slowest rank", "min/mean/max"),
+    "time/own_seconds": Metric("seconds of loading and forward passes, mean over ranks", "min/mean/max"),
+    "time/own_seconds_min": Metric("seconds, rank with the least work or the fastest", "min/mean/max"),
+    "time/own_seconds_max": Metric("seconds, the straggler", "min/mean/max"),
     "time/tokens_per_second": Metric("tokens per second, all ranks", "sum"),
     "time/eval_seconds": Metric("seconds, slowest rank", "max"),
     "memory/peak_bytes": Metric("bytes, largest rank", "max"),
     "eval/loss": Metric("nats per supervised token", "ratio"),
     "eval/perplexity": Metric("exp of eval/loss", "ratio"),
-    "eval/token_accuracy": Metric("share of supervised tokens predicted first", "ratio"),
+    "eval/token_accuracy": Metric("share of supervised tokens predicted first", "ratio", greater_is_better=True),
     "eval/examples": Metric("examples", "sum"),
     "eval/supervised_tokens": Metric("supervised tokens", "sum"),
 }

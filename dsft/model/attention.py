@@ -60,7 +60,11 @@ def choose_kernel(wanted: Attention, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: `wanted` cannot run there.
     """
-    half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    half_on_cuda = (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
     works = {
         Attention.flash: half_on_cuda and importlib.util.find_spec("flash_attn") is not None,
         Attention.torch_varlen: half_on_cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,

@@ -224,16 +224,24 @@ def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str
         attn_implementation: Attention name that transformers knows.
 
     Raises:
-        UserError: It cannot be read, or lacks weights; they are listed.
+        UserError: It cannot be read, takes no attention from outside, or lacks weights; they are listed.
     """
-    with _loading(source, "model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+    try:
+        with _loading(source, "model"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                revision=source.revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
+    except KeyError as error:  # an architecture with a table of attentions of its own
+        if error.args != (attn_implementation,):
+            raise
+        raise UserError(
+            f"model.path={source.name}: this architecture takes no attention but its own, which would let the "
+            "documents of a row see each other. Use another model."
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""

@@ -14,8 +14,7 @@ from torch.optim import lr_scheduler
 
 from dsft.config.schema import ScheduleConfig, ScheduleName, Unit
 from dsft.errors import UserError
-
-_MAXIMISED = {"eval/token_accuracy"}
+from dsft.metrics import METRICS
 
 
 def _drive(kind: type[lr_scheduler.LRScheduler], **settings: Any) -> lr_scheduler.LRScheduler:
@@ -41,7 +40,7 @@ _BODIES = {
     ScheduleName.exponential: lambda config, steps: _drive(lr_scheduler.ExponentialLR, gamma=config.gamma),
     ScheduleName.plateau: lambda config, steps: _drive(
         lr_scheduler.ReduceLROnPlateau,
-        mode="max" if config.metric in _MAXIMISED else "min",
+        mode="max" if METRICS[config.metric].greater_is_better else "min",
         factor=config.gamma,
         patience=config.patience,
         threshold=0.0,

@@ -173,9 +173,9 @@ def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int 
         cursor = loader(world, data, "bfd", micro, accumulation)
         source = iter(cursor)
         go(made, source, 0)
-        path = checkpoint.save(
-            Path(run_dir), steps, made, world, {"loader": cursor.state_dict()}, options.get("method") != "lora"
-        )
+        state = {"loader": cursor.state_dict()}
+        path = checkpoint.save(Path(run_dir), steps, made, world, state, options.get("method") != "lora")
+        saved = weights(made)
         straight = go(made, source, steps), weights(made)
     seed_everything(2)
     with engine(world, model_dir, micro_batch_size=micro, accumulation=accumulation, **options) as made:
@@ -183,7 +183,7 @@ def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int 
         state = checkpoint.load(path, made, world)
         cursor.load_state_dict(state["loader"])
         resumed = go(made, iter(cursor), steps), weights(made)
-    return {"straight": straight, "resumed": resumed, "path": str(path)}
+    return {"saved": saved, "straight": straight, "resumed": resumed}
 
 
 def generate(world, *, model_dir: str, prompts: list[list[int]], **options) -> list[list[int]]:
@@ -227,3 +227,21 @@ def nan_step(world, *, model_dir: str, **options) -> tuple[float, float, bool, f
         _, applied = made.train_step(step.batches, supervised, 1.0)
         after = sum(float(w.double().abs().sum()) for w in weights(made).values())
         return before, after, applied, made.grad_norm
+
+
+def save_error(world, *, model_dir: str, run_dir: str, failing_rank: int, **options) -> str:
+    """The message of a checkpoint that one rank cannot write."""
+    from dsft import checkpoint
+    from dsft.errors import UserError
+
+    def refuse(*_, **__):
+        raise OSError(28, "no space is left on this device")
+
+    with engine(world, model_dir, **options) as made:
+        if world.rank == failing_rank:
+            made._engine.checkpoint_engine.save = refuse
+        try:
+            checkpoint.save(Path(run_dir), 1, made, world, {}, True)
+        except UserError as error:
+            return str(error)
+    return "it was saved"

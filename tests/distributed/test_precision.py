@@ -19,8 +19,13 @@ def model_dir(tmp_path_factory) -> str:
 def run(pools, model_dir):
     def go(ranks: int = 2, **options):
         settings = {
-            "model_dir": model_dir, "steps": 4, "packing": "bfd", "micro_batch_size": 3, "accumulation": 2, "examples": 60,
-        }  # fmt: skip
+            "model_dir": model_dir,
+            "steps": 4,
+            "packing": "bfd",
+            "micro_batch_size": 3,
+            "accumulation": 2,
+            "examples": 60,
+        }
         # DeepSpeed compiles Lion and its Adam when they are first used
         return pools(ranks).run(cases.train, seconds=400, **(settings | options))[0]
 

@@ -15,13 +15,24 @@ def model_dir(tmp_path_factory) -> str:
     return str(tiny.save(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
-def test_bit_for_bit(pools, model_dir, tmp_path, stage, method):
+@pytest.mark.parametrize(
+    ("stage", "method", "precision"),
+    [
+        *((f"zero{stage}", method, "fp32") for stage in range(4) for method in ("full", "lora")),
+        *((f"zero{stage}", "full", precision) for stage in range(4) for precision in ("bf16", "fp16")),
+    ],
+)
+def test_bit_for_bit(pools, model_dir, tmp_path, stage, method, precision):
     """Two ranks, packing, accumulation 3, in the middle of an epoch; LoRA with dropout, so random states matter."""
     lora = {"dropout": 0.1} if method == "lora" else None
     for result in pools(2).run(
-        cases.save, model_dir=model_dir, run_dir=str(tmp_path), stage=stage, method=method, lora=lora
+        cases.save,
+        model_dir=model_dir,
+        run_dir=str(tmp_path),
+        stage=stage,
+        method=method,
+        lora=lora,
+        precision=precision,
     ):
         (rows, expected), (rows_again, found) = result["straight"], result["resumed"]
         assert rows_again == rows
@@ -31,13 +42,30 @@ def test_bit_for_bit(pools, model_dir, tmp_path, stage, method):
     assert checkpoint.damage(checkpoint.checkpoints(tmp_path)[0]) is None
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
-def test_whole_weights_come_out_of_a_checkpoint(pools, model_dir, tmp_path, stage):
-    """`checkpoint.weights` needs neither ranks nor an engine; all weights have their full shape (DeepSpeed#7436)."""
-    run = pools(2).run(cases.save, model_dir=model_dir, run_dir=str(tmp_path), stage=stage, steps=1)
+def test_whole_weights_come_out_of_a_checkpoint(pools, model_dir, tmp_path, stage, precision, method):
+    """`checkpoint.weights` needs neither ranks nor an engine; trained weights come whole (DeepSpeed#7436)."""
+    run = pools(2).run(
+        cases.save, model_dir=model_dir, run_dir=str(tmp_path), stage=stage, precision=precision, method=method, steps=1
+    )
     stored = checkpoint.weights(checkpoint.checkpoints(tmp_path)[0])
-    shapes = {name: tuple(value.shape) for name, value in run[0]["straight"][1].items()}
-    assert {name: tuple(stored[name].shape) for name in shapes} == shapes
+    trained = [name for name in run[0]["saved"] if method == "full" or "lora_" in name]
+    assert trained
+    for name in trained:
+        assert torch.equal(stored[name].float().to(torch.bfloat16), run[0]["saved"][name].to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_one_rank_that_cannot_write_is_every_ranks_error(pools, model_dir, tmp_path, stage, rank):
+    """Nobody is left waiting in a barrier of DeepSpeed's, and what was begun is cleared away."""
+    for message in pools(2).run(
+        cases.save_error, seconds=60, model_dir=model_dir, run_dir=str(tmp_path), stage=stage, failing_rank=rank
+    ):
+        assert f"rank {rank}: cannot write the checkpoint" in message and "no space is left" in message
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_another_number_of_ranks_is_refused(pools, model_dir, tmp_path):

@@ -151,13 +151,29 @@ def test_an_early_stop_is_final_and_the_best_checkpoint_stays(base, scratch, tmp
     assert max(row["step"] for row in helpers.rows(run_dir)) == last
 
 
-def test_a_finished_run_goes_on_when_it_is_made_longer(base, scratch, tmp_path):
+@pytest.fixture(scope="module")
+def longer(base, scratch, tmp_path_factory):
+    """A run made at once, and one that was finished and then made longer, under W&B; with the second one's result."""
+    home = tmp_path_factory.mktemp("longer")
     constant = [*base, "schedule=constant", "train.eval_every=6", "train.save_every=5", "train.log_every=2"]
-    for name, steps in (("straight", 12), ("longer", 6), ("longer", 12)):
-        arguments = [f"run_dir={tmp_path / name}", *constant, f"train.max_steps={steps}"]
+    for name, steps, tracking in (("at_once", 12, "jsonl"), ("longer", 6, "wandb"), ("longer", 12, "wandb")):
+        arguments = [f"run_dir={home / name}", *constant, f"train.max_steps={steps}", f"tracking={tracking}"]
         result = helpers.train(arguments, scratch, ranks=1)
         assert result.code == 0, result.err
+        assert "warning: W&B" not in result.err
+    return home / "at_once", home / "longer", result
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(longer):
+    at_once, run_dir, result = longer
     assert "train.max_steps: 6 -> 12" in result.err and "resuming from" in result.err
-    assert helpers.numbers(tmp_path / "longer") == helpers.numbers(tmp_path / "straight")
-    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("straight", "longer")]
+    assert helpers.numbers(run_dir) == helpers.numbers(at_once)
+    weights = [(run / "model/model.safetensors").read_bytes() for run in (at_once, run_dir)]
     assert weights[0] == weights[1]
+
+
+def test_wandb_keeps_its_id(longer):
+    _, run_dir, _ = longer
+    offline = [path.name for path in (run_dir / "wandb").iterdir() if path.name.startswith("offline-run-")]
+    assert len(offline) == 2
+    assert len({name.rpartition("-")[2] for name in offline}) == 1

@@ -101,11 +101,6 @@ def test_all_failures_are_told_together():
         ({"train__best_metric": "eval/los"}, ["train.best_metric=eval/los", "did you mean eval/loss?"]),
         ({"train__best_metric": "train/loss"}, ["train.best_metric=train/loss", "eval/loss"]),
         (
-            {"train__best_metric": "eval/token_accuracy"},
-            ["train.best_metric=eval/token_accuracy", "train.greater_is_better=true"],
-        ),
-        ({"train__greater_is_better": True}, ["train.best_metric=eval/loss", "train.greater_is_better=false"]),
-        (
             {"schedule__metric": "eval/accuracy", "schedule__name": ScheduleName.plateau},
             ["schedule.metric=eval/accuracy", "did you mean eval/token_accuracy?"],
         ),
@@ -141,7 +136,7 @@ def test_refusal_names_the_settings_and_the_way_out(settings, parts):
         {"data__source": Source.pydoc, "data__train": None, "data__packages": ["numpy"]},
         {"data__validation": "v.jsonl", "data__validation_share": 0.0},
         {"schedule__name": ScheduleName.plateau, "schedule__metric": "eval/perplexity", "schedule__gamma": 0.5},
-        {"train__best_metric": "eval/token_accuracy", "train__greater_is_better": True},
+        {"train__best_metric": "eval/token_accuracy"},
         {"precision": Precision.fp16, "fp16__initial_scale_power": 8},
         {"optim__name": OptimName.muon, "optim__momentum": 0.95, "optim__max_grad_norm": 0.0},
         {"train__early_stopping_patience": 3, "train__early_stopping_min_delta": 0.01},

@@ -127,20 +127,32 @@ def test_a_cursor_goes_on_with_other_ranks_and_the_same_global_batch():
 def test_a_cursor_stands_behind_the_step_that_was_handed_out():
     one = loader(packing=Packing.none)
     source = iter(one)
-    assert one.state_dict() == {"epoch": 0, "step_in_epoch": 0, "global_batch_size": 12}
+    assert one.state_dict()["step_in_epoch"] == 0
     next(source)
     assert one.state_dict()["step_in_epoch"] == 1
     assert one.progress() == pytest.approx(1 / 6)
     list(islice(source, 5))
     assert one.progress() == 1.0
+    assert (one.state_dict()["epoch"], one.state_dict()["step_in_epoch"]) == (1, 0), "an epoch's end is no middle"
 
 
-def test_a_cursor_of_another_global_batch_size_is_refused_within_an_epoch_only():
-    middle = {"epoch": 0, "step_in_epoch": 2, "global_batch_size": 8}
-    with pytest.raises(UserError, match=r"set batch\.global_batch_size=8"):
-        loader().load_state_dict(middle)
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("batch.global_batch_size", 8),
+        ("data.packing", "none"),
+        ("data.pack_window", 99),
+        ("data.max_length", 64),
+        ("train.seed", 4),
+    ],
+)
+def test_a_cursor_of_another_plan_is_refused_within_an_epoch_only(knob, value):
+    """Going on by another plan would repeat some examples and leave out others, in silence."""
+    plan = loader().state_dict()["plan"] | {knob: value}
+    with pytest.raises(UserError, match=rf"planned with {knob}={value}.* set {knob}={value}"):
+        loader().load_state_dict({"epoch": 0, "step_in_epoch": 2, "plan": plan})
     between = loader()
-    between.load_state_dict(middle | {"epoch": 1, "step_in_epoch": 0})
+    between.load_state_dict({"epoch": 1, "step_in_epoch": 0, "plan": plan})
     assert next(iter(between)).epoch == 1
 
 

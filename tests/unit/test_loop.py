@@ -24,6 +24,9 @@ class Engine:
         self._applied = iter(applied)
         self.multipliers = []
 
+    def forward_seconds(self):
+        return 0.001
+
     def train_step(self, batches, supervised, multiplier):
         self.multipliers.append(multiplier)
         sums = {"nll": 2.0 * supervised, "correct": 1.0, "supervised": float(supervised)}
@@ -185,7 +188,7 @@ def test_an_interval_survives_a_checkpoint(make):
     made.run()
     interval = loop.Interval()
     tally = Tally({"nll": torch.tensor(1.5, dtype=torch.float64)})
-    interval.add(tally, 0.5, 7)
+    interval.add(tally, 0.5, 0.25, 7)
     again = loop.Interval.of(interval.state_dict(), torch.device("cpu"))
     assert again.state_dict() == interval.state_dict()
 

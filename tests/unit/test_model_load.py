@@ -9,11 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dsft.config.schema import ActivationCheckpointing
 from dsft.errors import UserError
-from dsft.model import load
+from dsft.model import attention, load
 
 WORDS = ["<unk>", "<end>", "the", "cat", "sat", "你", "好"]
 
@@ -116,6 +123,13 @@ def test_missing_weights_are_listed(saved, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack 1 weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
         load.load_model(load.resolve(str(tmp_path)), torch.float32, "eager")
+
+
+def test_an_architecture_with_attention_of_its_own_alone_is_refused(tmp_path):
+    config = GPTJConfig(vocab_size=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32)
+    GPTJForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model.path={tmp_path}: this architecture takes no attention but its own"):
+        load.load_model(load.resolve(str(tmp_path)), torch.float32, attention.NAME)
 
 
 def test_damaged_files_are_a_message_not_a_traceback(saved, tmp_path):
