@@ -40,7 +40,7 @@ _BODIES = {
     ScheduleName.exponential: lambda config, steps: _drive(lr_scheduler.ExponentialLR, gamma=config.gamma),
     ScheduleName.plateau: lambda config, steps: _drive(
         lr_scheduler.ReduceLROnPlateau,
-        mode="max" if METRICS[config.metric].greater_is_better else "min",
+        mode="max" if config.metric in METRICS and METRICS[config.metric].greater_is_better else "min",
         factor=config.gamma,
         patience=config.patience,
         threshold=0.0,

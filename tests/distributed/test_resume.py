@@ -19,7 +19,7 @@ def model_dir(tmp_path_factory) -> str:
     ("stage", "method", "precision"),
     [
         *((f"zero{stage}", method, "fp32") for stage in range(4) for method in ("full", "lora")),
-        *((f"zero{stage}", "full", precision) for stage in range(4) for precision in ("bf16", "fp16")),
+        *((f"zero{stage}", "full", precision) for stage in (1, 3) for precision in ("bf16", "fp16")),
     ],
 )
 def test_bit_for_bit(pools, model_dir, tmp_path, stage, method, precision):
@@ -42,8 +42,7 @@ def test_bit_for_bit(pools, model_dir, tmp_path, stage, method, precision):
     assert checkpoint.damage(checkpoint.checkpoints(tmp_path)[0]) is None
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("precision", "method"), [("fp32", "full"), ("bf16", "lora"), ("fp16", "full")])
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_whole_weights_come_out_of_a_checkpoint(pools, model_dir, tmp_path, stage, precision, method):
     """`checkpoint.weights` needs neither ranks nor an engine; trained weights come whole (DeepSpeed#7436)."""
@@ -53,8 +52,9 @@ def test_whole_weights_come_out_of_a_checkpoint(pools, model_dir, tmp_path, stag
     stored = checkpoint.weights(checkpoint.checkpoints(tmp_path)[0])
     trained = [name for name in run[0]["saved"] if method == "full" or "lora_" in name]
     assert trained
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     for name in trained:
-        assert torch.equal(stored[name].float().to(torch.bfloat16), run[0]["saved"][name].to(torch.bfloat16)), name
+        assert torch.equal(stored[name].to(dtype), run[0]["saved"][name].to(dtype)), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])

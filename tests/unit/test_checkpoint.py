@@ -27,7 +27,7 @@ class FakeEngine:
 
     def save(self, directory: str, tag: str, frozen: bool) -> None:
         target = Path(directory) / tag
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         (target / "weights.pt").write_bytes(b"half of it")
         if self.error:
             raise self.error
