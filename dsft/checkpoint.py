@@ -71,14 +71,20 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
     return final
 
 
-def load(path: Path, engine: Engine, world: World) -> dict[str, Any]:
+def load(path: Path, engine: Engine, world: World, identity: dict[str, str] | None = None) -> dict[str, Any]:
     """Put weights, optimizer and random states back; all ranks call it on a fresh engine.
+
+    Args:
+        path: A checkpoint.
+        engine: As fresh as it was built.
+        world: The ranks.
+        identity: What the run is made of, by knob; must equal the `identity` in the state that was saved.
 
     Returns:
         The `state` that `save` was given, with `step` among it.
 
     Raises:
-        UserError: The checkpoint was written by another number of ranks or ZeRO stage.
+        UserError: The checkpoint was written by another number of ranks, ZeRO stage or identity.
     """
     state = read_state(path)
     for what, have, key in (("ranks", world.size, "world_size"), ("ZeRO stage", engine.stage, "zero_stage")):
@@ -86,6 +92,12 @@ def load(path: Path, engine: Engine, world: World) -> dict[str, Any]:
             raise UserError(
                 f"{path} was written with {what} {state[key]}, and this run has {have}. Start it with {state[key]}, "
                 "or use another run_dir."
+            )
+    for knob, now in (identity or {}).items():
+        if (then := state["identity"].get(knob)) != now:
+            raise UserError(
+                f"{path} was saved with {knob}={then}, and this run has {now}: that is another run. Restore it, or "
+                "choose another run_dir."
             )
     engine.load(str(path), TAG, state["frozen"])
     restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=False))

@@ -215,9 +215,9 @@ class Loop:
             checkpoint.retain(self.run_dir, self.counters.step, self.train.keep_last, self.counters.best_step)
         self.tracker.note(f"saved {path}")
 
-    def resume(self, path: Path) -> dict[str, Any]:
-        """Go back to a checkpoint; returns what was saved with it."""
-        state = checkpoint.load(path, self.engine, self.world)
+    def resume(self, path: Path, identity: dict[str, str]) -> dict[str, Any]:
+        """Go back to a checkpoint of the run that `identity` describes; returns what was saved with it."""
+        state = checkpoint.load(path, self.engine, self.world, identity)
         self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})
         self.loader.load_state_dict(state["loader"])
         self.schedule.load_state_dict(state["schedule"])

@@ -355,18 +355,12 @@ def _identity(config: Config, precision: Precision, source: models.ModelSource) 
 def _resume(the_loop: loop.Loop, path: Path, data_key: str, identity: dict[str, str], tracker) -> None:
     """Put everything back to where the checkpoint stood."""
     state = checkpoint.read_state(path)
-    for knob, now in identity.items():
-        if (then := state["identity"].get(knob)) != now:
-            raise UserError(
-                f"{path} was saved with {knob}={then}, and this run has {now}: that is another run. Restore it, or "
-                "choose another run_dir."
-            )
     if state["data"] != data_key and state["loader"]["step_in_epoch"]:
         raise UserError(
             f"the training data, or how it is rendered, changed since {path} was saved in the middle of an epoch, so "
             "its place in the data means nothing now. Restore the data settings, or choose another run_dir."
         )
-    the_loop.resume(path)
+    the_loop.resume(path, identity)
     if path.parents[1] != the_loop.run_dir:
         # the best checkpoint lies in the other run's directory, where nobody would look for it
         the_loop.counters.best = the_loop.counters.best_step = None

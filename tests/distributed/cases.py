@@ -245,3 +245,16 @@ def save_error(world, *, model_dir: str, run_dir: str, failing_rank: int, **opti
         except UserError as error:
             return str(error)
     return "it was saved"
+
+
+def slow_rank(world, *, model_dir: str, **options) -> float:
+    """Own seconds of a step in which the last rank's forward pass sleeps."""
+    import time
+
+    data = Examples(tiny.examples(8))
+    with engine(world, model_dir, micro_batch_size=4, **options) as made:
+        if world.rank == world.size - 1:
+            made.module.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+        step = next(iter(loader(world, data, "none", 4, 1)))
+        made.train_step(step.batches, step.supervised, 1.0)
+        return made.forward_seconds()

@@ -149,3 +149,9 @@ def test_packing_alone_changes_nothing(run):
     unpacked = run(packing="none", micro_batch_size=15, **everything)
     assert packed["loss"] == pytest.approx(unpacked["loss"], rel=1e-6)
     assert packed["grad_norm"] == pytest.approx(unpacked["grad_norm"], rel=1e-6)
+
+
+def test_a_straggler_shows(pools, model_dir):
+    """Ranks wait for each other inside a step, so only a rank's own time tells who is slow."""
+    fast, slow = pools(2).run(cases.slow_rank, model_dir=model_dir)
+    assert slow > 0.5 > fast

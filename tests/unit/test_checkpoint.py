@@ -226,6 +226,14 @@ def test_another_world_or_stage_is_refused_before_anything_is_loaded(tmp_path, w
         checkpoint.load(path, engine, SimpleNamespace(rank=0, size=world_size))
 
 
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_path):
+    """fp32 weights under a bf16 optimizer, or Adam's moments under SGD, must not go on as if nothing had happened."""
+    path = publish(tmp_path, 20, identity={"precision": "fp32", "optim.name": "adamw"})
+    engine = SimpleNamespace(stage=2, load=None)
+    with pytest.raises(UserError, match=r"saved with optim\.name=adamw, and this run has sgd"):
+        checkpoint.load(path, engine, FakeWorld(), {"precision": "fp32", "optim.name": "sgd"})
+
+
 def test_a_checkpoint_is_published_whole_under_its_step(tmp_path):
     path = publish(tmp_path, 20, best_step=7)
     assert path == tmp_path / "checkpoints" / "step-000020"
