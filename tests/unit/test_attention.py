@@ -195,11 +195,14 @@ def test_a_cpu_attends_per_document(dtype):
     assert attention.choose_kernel(Attention.per_document, CPU, dtype) is Attention.per_document
 
 
-def test_cuda_attends_by_variable_length_kernels_in_half_precision_only():
+def test_cuda_attends_by_variable_length_kernels_in_half_precision_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda", 0)
     assert attention.choose_kernel(Attention.auto, cuda, torch.float32) is Attention.per_document
     assert attention.choose_kernel(Attention.auto, cuda, torch.bfloat16) is not Attention.per_document
     assert attention.choose_kernel(Attention.torch_varlen, cuda, torch.float16) is Attention.torch_varlen
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4 has no such kernel
+    assert attention.choose_kernel(Attention.auto, cuda, torch.float16) is Attention.per_document
 
 
 @pytest.mark.parametrize("kernel", [Attention.flash, Attention.torch_varlen])

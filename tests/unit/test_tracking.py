@@ -11,9 +11,11 @@ import struct
 import subprocess
 import sys
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from dsft.config.schema import TrackingConfig
 from dsft.errors import UserError
@@ -171,7 +173,9 @@ def test_work_inside_a_step_is_counted_in_plain_lines():
     assert stream.getvalue().splitlines() == ["evaluate: 1/10", "evaluate: 5/10", "evaluate: 9/10", "evaluate: 10/10"]
 
 
-def test_a_terminal_gets_a_bar_and_notes_on_lines_of_their_own():
+def test_a_terminal_gets_a_bar_and_notes_on_lines_of_their_own(monkeypatch):
+    # a bar that another test's mistake cut short would push this one down a line
+    monkeypatch.setattr(tqdm, "_instances", WeakSet(), raising=False)
     stream = Terminal()
     progress = Progress(10, stream=stream)
     progress.update({"step": 0, "eval/loss": 2.0})
