@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,35 @@ def clean(run_dir: Path) -> None:
     """Remove what a kill in the middle of writing has left behind."""
     for part in (run_dir / "checkpoints").glob("*.part"):
         shutil.rmtree(part)
+
+
+def choose(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `train.resume` goes on from, or None to start anew; only rank 0 decides.
+
+    Raises:
+        UserError: The run directory holds a run that `train.resume=never` would overwrite, or PATH is damaged.
+    """
+    clean(run_dir)
+    if resume == "never":
+        if checkpoints(run_dir):
+            raise UserError(
+                f"run_dir={run_dir} holds checkpoints, and train.resume=never would overwrite them. Choose another "
+                "run_dir, delete this one, or use train.resume=auto."
+            )
+        return None
+    own = newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
+    if own is None and checkpoints(run_dir):
+        raise UserError(
+            f"run_dir={run_dir} holds checkpoints, but none of them is whole. Delete its checkpoints/ to start anew, "
+            "or choose another run_dir."
+        )
+    # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
+    if resume == "auto" or own is not None:
+        return own
+    path = Path(resume).expanduser().absolute()
+    if problem := damage(path):
+        raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
+    return path
 
 
 def retain(run_dir: Path, step: int, keep_last: int, best_step: int | None) -> None:

@@ -87,7 +87,8 @@ class Stopwatch:
         spans, self._spans = self._spans, []
         if not self._cuda:
             return sum(end - begin for begin, end in spans)
-        torch.cuda.synchronize()
+        if spans:
+            spans[-1][1].synchronize()  # the forward passes alone: what follows them may go on
         return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
 
 
@@ -125,7 +126,6 @@ class Engine:
             # `_update_plain` clips, as it has the norm anyway
             self._engine._config.gradient_clipping = 0.0
         self._forwards = Stopwatch(world.device)
-        self.skipped_steps = 0
         self.grad_norm = math.nan
 
     @property
@@ -183,7 +183,6 @@ class Engine:
             self._engine.step()
             self.grad_norm = float(self._engine.get_global_grad_norm()) / scale
             applied = self._engine.was_step_applied()
-        self.skipped_steps += not applied
         return applied
 
     def _unapplied_scale(self) -> float:
@@ -270,4 +269,3 @@ class Engine:
             group.update(settings)
         if path is None:
             raise UserError(f"DeepSpeed could not load the checkpoint {directory}/{tag}")
-        self.skipped_steps = self._engine.skipped_steps

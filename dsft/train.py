@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -83,7 +83,7 @@ def _run(config: Config, place: Place) -> int:
         fp16=config.fp16,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    check.check(config, ds, place.world_size, [name for name in METRICS if name.startswith("eval/")])
+    check.check(config, ds, place.world_size, METRICS)
     for spec in (config.data.train, config.data.validation):
         if spec is not None:
             sources.files(spec)  # a missing file is told before a model is converted
@@ -119,7 +119,7 @@ def _run(config: Config, place: Place) -> int:
     identity = _identity(config, precision, source)
     seed_everything(config.train.seed, config.train.deterministic)
     engine = _engine(config, ds, source, precision, world)
-    resume_from = _from_main(world, partial(_resume_from, config, run_dir))
+    resume_from = world.from_main(partial(checkpoint.choose, run_dir, config.train.resume))
     saved = checkpoint.read_state(resume_from) if resume_from else {}
     tracker = _tracker(config, run_dir, world, total_steps, saved)
     environment = _environment(world)
@@ -300,47 +300,6 @@ def _only_run(run_dir: Path, place: Place) -> Iterator[None]:
         lock.release()
 
 
-def _from_main(world: World, make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, on every rank; its UserError is everyone's, so that nobody waits for rank 0."""
-    made = error = None
-    if world.is_main:
-        try:
-            made = make()
-        except UserError as problem:
-            error = str(problem)
-    world.all_succeed(error)
-    return world.broadcast(made)
-
-
-def _resume_from(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; only rank 0 decides.
-
-    Raises:
-        UserError: The run directory holds a run that `train.resume=never` would overwrite, or PATH is damaged.
-    """
-    checkpoint.clean(run_dir)
-    if config.train.resume == "never":
-        if checkpoint.checkpoints(run_dir):
-            raise UserError(
-                f"run_dir={run_dir} holds checkpoints, and train.resume=never would overwrite them. Choose another "
-                "run_dir, delete this one, or use train.resume=auto."
-            )
-        return None
-    own = checkpoint.newest_whole(run_dir, lambda message: print(message, file=sys.stderr))
-    if own is None and checkpoint.checkpoints(run_dir):
-        raise UserError(
-            f"run_dir={run_dir} holds checkpoints, but none of them is whole. Delete its checkpoints/ to start anew, "
-            "or choose another run_dir."
-        )
-    # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
-    if config.train.resume == "auto" or own is not None:
-        return own
-    path = Path(config.train.resume).expanduser().absolute()
-    if problem := checkpoint.damage(path):
-        raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
-    return path
-
-
 def _identity(config: Config, precision: Precision, source: models.ModelSource) -> dict[str, str]:
     """What a run is made of and cannot change on its way; by knob."""
     tuned = {f"tuning.{name}": str(value) for name, value in vars(config.tuning).items() if name != "neftune_alpha"}
@@ -364,7 +323,7 @@ def _resume(the_loop: loop.Loop, path: Path, data_key: str, identity: dict[str, 
     if path.parents[1] != the_loop.run_dir:
         # the best checkpoint lies in the other run's directory, where nobody would look for it
         the_loop.counters.best = the_loop.counters.best_step = None
-    dropped = _from_main(the_loop.world, lambda: tracker.rewind(state["step"]))
+    dropped = the_loop.world.from_main(lambda: tracker.rewind(state["step"]))
     again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
     tracker.note(f"resuming from {path} at step {state['step']}{again}")
 
@@ -388,10 +347,7 @@ def _export(config, run_dir: Path, engine: Engine, tokenizer, example, precision
             )
             if world.is_main:
                 report = export.verify(run_dir / "model", probe.input_ids, expected[None], dtype)
-                tracker.note(
-                    f"exported {run_dir / 'model'}; reloaded logits deviate by {report.relative:.1e} (relative), "
-                    f"the first guess agrees at {report.argmax_agreement:.1%} of positions"
-                )
+                tracker.note(f"exported {run_dir / 'model'}; {report}")
         except Exception as problem:  # whatever it is, the other ranks wait to hear of it
             error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, UserError) else str(problem)
         world.all_succeed(error)

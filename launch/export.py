@@ -45,10 +45,7 @@ def main() -> None:
         from dsft.export import export
 
         output, report = export(**arguments)
-        print(
-            f"{output}: reloaded logits deviate by {report.relative:.1e} (relative), "
-            f"the first guess agrees at {report.argmax_agreement:.1%} of positions"
-        )
+        print(f"{output}: {report}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ class Report:
     relative: float
     argmax_agreement: float
 
+    def __str__(self) -> str:
+        return (
+            f"reloaded logits deviate by {self.relative:.1e} (relative), the first guess agrees at "
+            f"{self.argmax_agreement:.1%} of positions"
+        )
+
 
 @dataclass
 class _Piece:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,10 +49,6 @@ class World:
     def is_main(self) -> bool:
         return self.place.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.gather([0.0])
-
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's row of numbers, in the order of ranks; float64, so that counts stay exact."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -64,6 +61,17 @@ class World:
         box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """Rank 0's result of `make`, on every rank; its UserError is everyone's, so that nobody waits for rank 0."""
+        made = error = None
+        if self.is_main:
+            try:
+                made = make()
+            except UserError as problem:
+                error = str(problem)
+        self.all_succeed(error)
+        return self.broadcast(made)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""

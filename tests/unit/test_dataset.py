@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import tiny
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow, Source, TrainOn
 from dsft.data import audit, dataset, render
@@ -17,25 +16,7 @@ from dsft.data.shapes import to_conversation
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(template=CHATML):
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.chat_template = template
-    return fast
-
-
-TOKENIZER = make_tokenizer()
+TOKENIZER = tiny.byte_tokenizer()
 
 
 def record(number):
@@ -143,7 +124,7 @@ def test_another_tokenizer_template_content_or_code_makes_a_new_entry(data, monk
     prepare(data, TOKENIZER, "t", seed=0)
     prepare(data, TOKENIZER, "another tokenizer", seed=0)  # axolotl#1265
     assert len(entries(data)) == 2
-    prepare(data, make_tokenizer(CHATML.replace("\n", " ")), "t", seed=0)
+    prepare(data, tiny.byte_tokenizer(tiny.CHATML.replace("\n", " ")), "t", seed=0)
     assert len(entries(data)) == 3
     size = dataset.Path(data.train).stat()
     text = dataset.Path(data.train).read_text(encoding="utf-8")
@@ -282,9 +263,9 @@ def test_a_data_set_without_a_label_is_refused(tmp_path, data):
     data = replace(data, train=write(tmp_path / "masked.jsonl", [chat(300, 1)] * 3), max_length=64)
     with pytest.raises(UserError, match=r"every label is masked; no token of 3 records .*3 no supervised tokens left"):
         prepare(data, TOKENIZER, "t", seed=0)
-    marks = CHATML.replace("{{ m.content }}", "{{ m.content }}{% generation %}{% endgeneration %}")
+    marks = tiny.CHATML.replace("<|im_end|>", "{% generation %}{% endgeneration %}<|im_end|>", 1)
     with pytest.raises(UserError, match=r"every label is masked.*marks enclose nothing"):
-        prepare(replace(data, max_length=512), make_tokenizer(marks.replace("<|im_end|>", "")), "t", seed=0)
+        prepare(replace(data, max_length=512), tiny.byte_tokenizer(marks.replace("<|im_end|>", "")), "t", seed=0)
     assert entries(data) == []
 
 
