@@ -9,7 +9,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dsft.config import load
+from dsft.config import cli, load
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -25,7 +25,7 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = load.quote_text(load.split_launcher_args(sys.argv[1:]))
+    sys.argv[1:] = cli.quote_text(cli.split_launcher_args(sys.argv[1:]))
     load.register()
     with load.reporting():
         main()

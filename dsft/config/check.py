@@ -22,6 +22,10 @@ from dsft.config.schema import (
     ScheduleName,
     Source,
     TrainConfig,
+    is_text,
+    is_text_list,
+    is_text_or_null,
+    knobs,
 )
 from dsft.config.zero import offloads_optimizer, offloads_parameters, stage
 from dsft.errors import UserError
@@ -52,6 +56,7 @@ def check(config: Config, ds: dict[str, Any], world_size: int, metric_names: Col
     """
     problems = [
         *_ranges(config),
+        *_empty(config),
         *_idle(config),
         *_data(config),
         *_tuning(config),
@@ -167,6 +172,16 @@ def _ranges(config: Config) -> Iterator[str]:
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas} must be two numbers, each at least 0 and less than 1."
+
+
+def _empty(config: Config) -> Iterator[str]:
+    """Text is never empty: an empty path, for one, would be the working directory."""
+    for name, hint in knobs().items():
+        value = attrgetter(name)(config)
+        if value == "" and is_text(hint):
+            yield f"{name}= is empty: give a value{', or null' if is_text_or_null(hint) else ''}, or leave {name} out."
+        elif is_text_list(hint) and "" in value:
+            yield f"{name}={_text(value)} holds an empty text: take it out."
 
 
 _ACTS_WITH = (
@@ -336,4 +351,6 @@ def _text(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
     return getattr(value, "name", None) or str(value)

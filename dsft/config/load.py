@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from enum import Enum
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -33,14 +32,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from dsft.config.schema import Config
+from dsft.config import yaml_text
+from dsft.config.schema import Config, knobs
 from dsft.errors import UserError
 
 _TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _PRECEDENCE = 5.0
 """Seconds that a rank leaves to rank 0 to tell of a mistake."""
-_WORD = re.compile(r"[^\s,\[\]{}][^,\[\]{}]*")
 _HOW_TO_GIVE = {
     "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
     "deepspeed.json": "deepspeed.json=FILE, or deepspeed=zero2",
@@ -48,33 +47,9 @@ _HOW_TO_GIVE = {
 
 
 def register() -> None:
-    """Let `conf/config.yaml` begin its defaults list with the schema."""
+    """Let `conf/config.yaml` begin its defaults list with the schema, and text in YAML be text."""
     ConfigStore.instance().store("schema", node=Config)
-
-
-def split_launcher_args(argv: list[str]) -> list[str]:
-    """Arguments without the `--local_rank=N` or `--local-rank N` that launchers add and Hydra refuses."""
-    kept, rest = [], iter(argv)
-    for argument in rest:
-        name, equals, _ = argument.partition("=")
-        if name not in ("--local_rank", "--local-rank"):
-            kept.append(argument)
-        elif not equals:
-            next(rest, None)
-    return kept
-
-
-def quote_text(argv: list[str]) -> list[str]:
-    """Arguments in which text beyond ASCII is quoted, for Hydra's grammar reads it only so: `name=试验`."""
-    return [_quoted(*argument.partition("=")) for argument in argv]
-
-
-def _quoted(key: str, equals: str, value: str) -> str:
-    if value.isascii() or key.startswith("--") or set("'\"") & set(value):
-        return key + equals + value
-    if set("[,") & set(value):
-        return key + equals + _WORD.sub(lambda word: word[0] if word[0].isascii() else f"'{word[0]}'", value)
-    return f"{key}{equals}'{value}'"
+    yaml_text.register()
 
 
 @contextmanager
@@ -123,32 +98,25 @@ def load_yaml(path: str | Path) -> Config:
         UserError: If the file is missing, is not YAML or does not fit the schema; the message names it.
     """
     try:
-        return _typed(OmegaConf.create(Path(path).read_text(encoding="utf-8")))
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}.") from error
-    except (OSError, UserError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    content = yaml_text.parse(text, name=str(path))
+    try:
+        return _typed(OmegaConf.create(content))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_yaml(config: Config) -> str:
     """The config as YAML that `load_yaml` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config), escape=True)))
 
 
 def diff(old: Config, new: Config) -> list[str]:
     """Lines such as `optim.lr: 0.0001 -> 0.001`, one per knob that differs."""
-    before, after = (_flat(OmegaConf.to_container(OmegaConf.structured(c), enum_to_str=True)) for c in (old, new))
+    before, after = (_flat(_plain(asdict(c))) for c in (old, new))
     return [f"{name}: {_text(before[name])} -> {_text(after[name])}" for name in after if before[name] != after[name]]
-
-
-@cache
-def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every knob's dotted name and type, in the schema's order."""
-    hints, found = get_type_hints(section), {}
-    for field in fields(section):
-        hint, name = hints[field.name], prefix + field.name
-        found |= knobs(hint, name + ".") if is_dataclass(hint) else {name: hint}
-    return found
 
 
 def explain(error: Exception) -> str | None:
@@ -172,6 +140,17 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith("Config group override"):
         return str(error) if cause is error or not str(cause) else f"{error}: {str(cause).splitlines()[0]}"
     return None
+
+
+def _plain(value: Any, escape: bool = False) -> Any:
+    """`value` with choices by their names; with `escape`, a `${` in a text is no interpolation."""
+    if isinstance(value, dict):
+        return {key: _plain(inner, escape) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner, escape) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if escape and isinstance(value, str) else value
 
 
 def _typed(loose: Any) -> Config:

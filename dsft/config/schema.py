@@ -7,8 +7,10 @@ choose values and never define knobs. OmegaConf reads these classes, so they are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cache
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
@@ -317,3 +319,28 @@ class Config:
     """Name of the run."""
     run_dir: str = "runs/${name}"
     """Directory that receives everything the run leaves behind."""
+
+
+@cache
+def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every knob's dotted name and type, in the schema's order."""
+    hints, found = get_type_hints(section), {}
+    for knob in fields(section):
+        hint, name = hints[knob.name], prefix + knob.name
+        found |= knobs(hint, name + ".") if is_dataclass(hint) else {name: hint}
+    return found
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a knob of this type holds text."""
+    return hint is str or is_text_or_null(hint)
+
+
+def is_text_or_null(hint: Any) -> bool:
+    """Whether a knob of this type holds text or null."""
+    return hint == str | None
+
+
+def is_text_list(hint: Any) -> bool:
+    """Whether a knob of this type holds a list of texts."""
+    return hint == list[str]

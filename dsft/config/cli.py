@@ -1,0 +1,143 @@
+"""The command line: arguments as Hydra should read them, and which settings they give.
+
+Hydra reads `name=2024_11_25` as a number. Whether a value is text is known from the schema, so what Hydra would read
+differently from how it is written is put in quotes first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+from dsft.config.schema import is_text, is_text_list, is_text_or_null, knobs
+
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
+_ESCAPED = re.compile(r"\\([,=: ])")
+_CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
+_RANGE = re.compile(r"range\([^()]*\)")
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def split_launcher_args(argv: list[str]) -> list[str]:
+    """Arguments without the `--local_rank=N` or `--local-rank N` that launchers add and Hydra refuses."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return kept
+
+
+def quote_text(argv: list[str]) -> list[str]:
+    """Arguments in which the value of every text setting is what is written, whatever it looks like.
+
+    A value is taken as it stands: `name=1e5`, `name=007`, `name=yes`, `name=试验 (1)`, `data.train=a=b.jsonl`. Quotes
+    around a whole value are taken off; `\\,`, `\\=`, `\\:` and `\\ ` are Hydra's way to write the character alone;
+    `${...}` is an interpolation; a comma outside of brackets separates the values of a sweep, for which
+    `choice(...)` and `range(...)` may stand too; `null` is null where the setting may be null. The elements of lists
+    are read in the same way.
+    """
+    return [_argument(argument) for argument in argv]
+
+
+def given() -> frozenset[str]:
+    """The settings that the command line gave, and the groups that it chose; none outside of a Hydra command."""
+    if not HydraConfig.initialized():
+        return frozenset()
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return frozenset(name for o in overrides if not o.is_delete() for name in _leaves(o.key_or_group, o.value()))
+
+
+def quoted(name: str, value: str) -> str:
+    """`value` of the setting or group called `name`, in Hydra's grammar."""
+    if is_text(knobs().get(name)) or is_text_list(knobs().get(name)):
+        # Hydra forgets the quotes of a function's arguments, and the same sweep can be written without one
+        value = _CHOICE.sub(r"\1", value) if _CHOICE.fullmatch(value) else value
+    parts = _split(value)
+    if len(parts) > 1:  # of a sweep
+        return ",".join(_element(name, part.strip()) for part in parts)
+    return value if _RANGE.fullmatch(value) else _element(name, value)
+
+
+def _argument(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or key.startswith(("-", "~", "hydra.")) or not value:
+        return argument
+    return f"{key}={quoted(key.lstrip('+'), value)}"
+
+
+def _element(name: str, value: str) -> str:
+    """One value: not of a sweep any more."""
+    if value[:1] == "{" and value[-1:] == "}" and any(knob.startswith(f"{name}.") for knob in knobs()):
+        pairs = [_split(item, ":") for item in _split(value[1:-1])]
+        inner = [f"{key}:{_element(f'{name}.{key.strip()}', ':'.join(rest).strip())}" for key, *rest in pairs]
+        return f"{{{','.join(inner)}}}"
+    hint = knobs().get(name)
+    text = is_text(hint) or is_text_list(hint)
+    if hint is None and "." not in name and isinstance(_read(value), int | float):
+        text = True  # the choice of a group is the name of a file
+    if value.lower() == "null" and not (is_text(hint) and not is_text_or_null(hint)):
+        return value
+    if value[:1] == "[" and value[-1:] == "]" and (hint is None or not is_text(hint)):
+        inner = value[1:-1].strip()
+        items = [item.strip() for item in _split(inner)] if inner else []
+        return f"[{','.join(_quote(item, text) for item in items)}]"
+    return _quote(value, text)
+
+
+def _quote(value: str, text: bool) -> str:
+    """The value in quotes, if it has to be `text` and Hydra would read another, or if it is not ASCII."""
+    if _QUOTED.fullmatch(value) or not (text or not value.isascii()):
+        return value
+    plain = _ESCAPED.sub(r"\1", value)
+    return value if _read(value) == plain else QuotedString(plain, Quote.single).with_quotes()
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _read(value: str) -> Any:
+    """What Hydra makes of a value without quotes; None if it cannot read it."""
+    try:
+        return _parser().parse_rule(value, "element")
+    except HydraException:
+        return None
+
+
+def _split(text: str, separator: str = ",") -> list[str]:
+    """`text` cut at each separator that is outside of brackets and quotes and has no backslash before it."""
+    parts, start, at, depth, before = [], 0, 0, 0, separator
+    while at < len(text):
+        char, quote = text[at], None
+        if before in f"{_OPEN}{separator},:=":
+            quote = _QUOTED.match(text, at)
+        if quote or char == "\\":
+            at, before = (quote.end() if quote else at + 2), "x"
+            continue
+        if char == separator and depth <= 0:
+            parts.append(text[start:at])
+            start = at + 1
+        depth += (char in _OPEN) - (char in _CLOSE)
+        before = before if char == " " else char
+        at += 1
+    return [*parts, text[start:]]
+
+
+def _leaves(name: str, value: Any) -> Iterator[str]:
+    """The settings under `name` that a value of the command line gives: a section's may come as a mapping."""
+    if isinstance(value, dict) and name not in knobs():
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name
