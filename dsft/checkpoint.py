@@ -58,7 +58,7 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
                 (part / TAG).mkdir(parents=True)
         with _together(world, final):
             engine.save(str(part), TAG, frozen)
-            torch.save(random_state(), part / f"rank-{world.rank}.pt")
+            _save_random_state(part / f"rank-{world.rank}.pt")
         with _together(world, final):
             mine = _describe_share(part, world)
         shares = world.gather_objects(mine)
@@ -234,16 +234,23 @@ def _step(path: Path) -> int:
 @contextmanager
 def _together(world: World, final: Path) -> Iterator[None]:
     """Inside, a failure to write on one rank is a UserError on every rank, so that nobody waits for it."""
-    error = None
+    failure = None
     try:
         yield
-    except (OSError, RuntimeError) as problem:
+    except OSError as problem:
         free = shutil.disk_usage(final.parents[1]).free  # torch reports a full disk as a riddle
-        error = (
+        failure = UserError(
             f"cannot write the checkpoint {final}: {problem} ({free / 2**20:,.0f} MiB are free there). Earlier "
             "checkpoints are whole: make room, and the same command goes on from the last of them."
         )
-    world.all_succeed(error)
+    world.all_succeed(failure)
+
+
+def _save_random_state(file: Path) -> None:
+    try:
+        torch.save(random_state(), file)
+    except RuntimeError as problem:  # what torch makes of a full disk
+        raise OSError(str(problem)) from problem
 
 
 def _describe_share(directory: Path, world: World) -> dict[str, dict[str, Any]]:

@@ -236,7 +236,8 @@ class Engine:
             frozen: Whether weights that are not trained are written too.
 
         Raises:
-            OSError, RuntimeError: This rank could not write; raised when every rank has come through.
+            OSError: This rank could not write; raised when every rank has come through.
+            RuntimeError: DeepSpeed failed in between, where other ranks may be waiting for this one.
         """
         writer, failures = self._engine.checkpoint_engine, []
         write = writer.save
@@ -251,10 +252,12 @@ class Engine:
         writer.save = keep_failure
         try:
             self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=not frozen)
+        except OSError as problem:
+            raise RuntimeError(f"DeepSpeed failed while saving: {problem}") from problem
         finally:
             writer.save = write
         if failures:
-            raise failures[0]
+            raise OSError(str(failures[0])) from failures[0]
 
     def load(self, directory: str, tag: str, frozen: bool) -> None:
         """Read back what `save` wrote, into a fresh engine of the same stage and world size.

@@ -37,7 +37,7 @@ from dsft.model import attention, export, tuning
 from dsft.model import load as models
 from dsft.optim import Schedule
 from dsft.runtime.files import write_json, write_text
-from dsft.runtime.place import Place, discover
+from dsft.runtime.place import Place
 from dsft.runtime.seeds import seed_everything
 from dsft.runtime.signals import REQUEUE_CODE, StopRequest
 from dsft.runtime.world import World, computes_bf16, computes_fp16, describe, join, leave
@@ -49,8 +49,12 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 PACKAGES = ("dsft", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
 
 
-def run(config: Config) -> int:
+def run(config: Config, place: Place) -> int:
     """Fine-tune as `config` says.
+
+    Args:
+        config: All settings.
+        place: Where this process stands among the ranks.
 
     Returns:
         Exit code: 0 when the run is finished, REQUEUE_CODE when it was asked to stop and can go on.
@@ -58,7 +62,6 @@ def run(config: Config) -> int:
     Raises:
         UserError: Something that a person can mend.
     """
-    place = discover()
     with _only_run(Path(config.run_dir), place):
         try:
             return _run(config, place)
@@ -162,7 +165,6 @@ def _run(config: Config, place: Place) -> int:
     if signal is None and config.train.export:
         _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
     code = _conclude(run_dir, signal, world, tracker)
-    # only where all is well: after an error the others may be stuck, and leaving would wait for them
     leave()
     return code
 
@@ -332,25 +334,20 @@ def _export(config, run_dir: Path, engine: Engine, tokenizer, example, precision
     """Write `model/` from the weights as they stand, reload it, and compare logits."""
     dtype = DTYPES[precision]
     probe = collate([example])
+    directory = run_dir / "model"
     with engine.inference() as module:
         expected = module.logits(probe.to(world.device))
-        error = None
-        try:
-            export.write_model(
-                module.model,
-                tokenizer,
-                run_dir / "model",
-                gather=engine.gathered,
-                is_writer=world.is_main,
-                merge=True,
-                dtype=dtype,
-            )
-            if world.is_main:
-                report = export.verify(run_dir / "model", probe.input_ids, expected[None], dtype)
-                tracker.note(f"exported {run_dir / 'model'}; {report}")
-        except Exception as problem:  # whatever it is, the other ranks wait to hear of it
-            error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, UserError) else str(problem)
-        world.all_succeed(error)
+        export.write_model(
+            module.model,
+            tokenizer,
+            directory,
+            gather=engine.gathered,
+            is_writer=world.is_main,
+            merge=True,
+            dtype=dtype,
+        )
+        report = world.from_main(lambda: export.verify(directory, probe.input_ids, expected[None], dtype))
+    tracker.note(f"exported {directory}; {report}")
 
 
 def _conclude(run_dir: Path, signal: str | None, world: World, tracker) -> int:

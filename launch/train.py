@@ -17,9 +17,14 @@ def main(composed: DictConfig) -> None:
     """Type the composed config, then hand it on; heavy imports wait until it is known to be sound."""
     with load.reporting():
         config = load.from_hydra(composed)
-        from dsft.train import run
+        from dsft.runtime.failure import watched
+        from dsft.runtime.place import discover
 
-        code = run(config)
+        place = discover()
+        with watched(place, load.shown):
+            from dsft.train import run
+
+            code = run(config, place)
     if code:
         sys.exit(code)
 

@@ -63,8 +63,8 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = explain(error)
-        if message is None or _TRACEBACK:
+        message = shown(error)
+        if message is None:
             raise
         if next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0") != "0":
             # rank 0 tells the same and its launcher ends this rank, unless rank 0 is not there yet or never will be
@@ -72,6 +72,11 @@ def reporting() -> Iterator[None]:
             time.sleep(_PRECEDENCE)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def shown(error: Exception) -> str | None:
+    """What is printed of `error` in place of its traceback; None where the traceback is, as HYDRA_FULL_ERROR=1 asks."""
+    return None if _TRACEBACK else explain(error)
 
 
 def from_hydra(composed: DictConfig) -> Config:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from dsft.errors import UserError
+from dsft.runtime.failure import PeerFailed
+from dsft.runtime.failure import describe as describe_error
 from dsft.runtime.place import Place
 
 TIMEOUT = timedelta(minutes=30)
@@ -63,14 +65,14 @@ class World:
         return box[0]
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """Rank 0's result of `make`, on every rank; its UserError is everyone's, so that nobody waits for rank 0."""
-        made = error = None
+        """Rank 0's result of `make`, on every rank; its failure is everyone's, so that nobody waits for rank 0."""
+        made = failure = None
         if self.is_main:
             try:
                 made = make()
-            except UserError as problem:
-                error = str(problem)
-        self.all_succeed(error)
+            except Exception as problem:
+                failure = problem
+        self.all_succeed(failure)
         return self.broadcast(made)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -90,16 +92,20 @@ class World:
         if others:
             raise UserError(f"{what} differs between rank 0 ({values[0]}) and rank {others[0]} ({values[others[0]]}).")
 
-    def all_succeed(self, error: str | None) -> None:
+    def all_succeed(self, failure: Exception | None) -> None:
         """Turn one rank's failure into every rank's, so that nobody waits for a rank that has given up.
 
         Raises:
-            UserError: The first error that any rank passed in.
+            UserError: The first one that any rank passed in, on all ranks.
+            Exception: On a rank that passed in another exception, that one.
+            PeerFailed: On the other ranks then.
         """
-        errors = self.gather_objects(error)
-        for rank, message in enumerate(errors):
-            if message:
-                raise UserError(f"rank {rank}: {message}")
+        said = None if failure is None else (isinstance(failure, UserError), describe_error(failure))
+        failures = [(rank, *theirs) for rank, theirs in enumerate(self.gather_objects(said)) if theirs]
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure
+        for rank, explained, message in failures:
+            raise (UserError if explained else PeerFailed)(f"rank {rank}: {message}")
 
 
 def join(place: Place, timeout: timedelta = TIMEOUT) -> World:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -258,3 +259,33 @@ def slow_rank(world, *, model_dir: str, **options) -> float:
         step = next(iter(loader(world, data, "none", 4, 1)))
         made.train_step(step.batches, step.supervised, 1.0)
         return made.forward_seconds()
+
+
+class Locked(Exception):
+    """An exception that does not pickle."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+def from_main_fails(world, error: type[Exception]) -> tuple[str, str]:
+    """What each rank gets of an exception that rank 0 raises for all."""
+
+    def make():
+        raise error("out of luck")
+
+    return _raised(lambda: world.from_main(make))
+
+
+def all_succeed_but(world, rank: int) -> tuple[str, str]:
+    """What each rank gets of the failure of one."""
+    return _raised(lambda: world.all_succeed(Locked("held") if world.rank == rank else None))
+
+
+def _raised(call) -> tuple[str, str]:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""

@@ -1,12 +1,11 @@
 """Every way to start ranks, and what happens when one of them fails."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import helpers
 import psutil
 import pytest
@@ -49,10 +48,9 @@ def test_torchrun(base, alone, scratch, tmp_path):
 
 
 def test_mpirun(base, alone, scratch, tmp_path):
-    mpirun = shutil.which("mpirun", path=f"{helpers.BIN}{os.pathsep}{os.environ['PATH']}")
-    if mpirun is None:
+    if not faults.mpirun():
         pytest.skip("there is no mpirun")
-    launcher = [mpirun, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+    launcher = [*faults.mpirun(), "-np", "2", sys.executable]
     result = helpers.run([*launcher, "launch/train.py", f"run_dir={tmp_path / 'run'}", *base, *SHORT], scratch)
     assert result.code == 0, result.err
     assert environment(tmp_path / "run")["launcher"] == "mpi"
@@ -88,10 +86,30 @@ def test_two_runs_do_not_share_a_run_directory(endless, base, scratch):
 def test_a_killed_rank_ends_the_others(endless):
     running, _ = endless
     running.ranks()[1].kill()
-    result = running.wait(60)
+    result = running.wait(10)
     assert result.code != 0
-    assert "Traceback" in result.err and "Connection" in result.err
+    assert "error: rank 1 on " in result.err and "without a word" in result.err
+    assert "Traceback" not in result.err and "gloo" not in result.err
     assert not running.ranks()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.Fault("export", 1, 3, "deepspeed", "unpicklable"),
+        faults.Fault("saving", 0, 0, "torchrun", "several lines"),
+        faults.Fault("evaluation", 1, 3, "mpirun", "ValueError"),
+    ],
+    ids=lambda fault: f"{fault.launcher}-{fault.place}",
+)
+def test_an_exception_that_nobody_expects_ends_all_ranks(fault, base, scratch):
+    if fault.launcher == "mpirun" and not faults.mpirun():
+        pytest.skip("there is no mpirun")
+    ending = faults.run(fault, [*base, "train.max_steps=2", "train.save_every=1", "train.samples=0"], scratch)
+    assert ending.seconds is not None and ending.seconds < 10, ending.output
+    assert ending.code == 1, ending.output
+    assert ending.heard, ending.output
+    assert ending.output.count("Traceback (most recent call last)") - ending.output.count("ChildFailedError") == 1
 
 
 def test_a_sweep_without_a_launcher_trains_each_job(base, scratch, tmp_path):

@@ -40,9 +40,9 @@ class FakeWorld:
     def gather_objects(self, value):
         return [value]
 
-    def all_succeed(self, error):
-        if error:
-            raise UserError(f"rank 0: {error}")
+    def all_succeed(self, failure):
+        if failure:
+            raise UserError(f"rank 0: {failure}")
 
 
 def publish(run_dir: Path, step: int, error=None, **state) -> Path:
@@ -252,13 +252,19 @@ def test_a_step_that_is_saved_again_replaces_what_was_there(tmp_path):
     assert checkpoint.damage(first) is None and not (first / "stale").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("PytorchStreamWriter failed")])
 def test_a_full_disk_is_said_in_words_and_leaves_the_earlier_checkpoints_whole(tmp_path, error):
     publish(tmp_path, 20)
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*step-000040: .*(No space left|Writer failed)"):
         publish(tmp_path, 40, error)
     assert names(tmp_path) == ["step-000020"]
     assert checkpoint.newest_whole(tmp_path, print).name == "step-000020"
+
+
+def test_what_fails_between_two_barriers_is_not_shared_by_a_collective(tmp_path):
+    """The other ranks wait in DeepSpeed's barrier, and would not be where this one is."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        publish(tmp_path, 40, RuntimeError("a bug"))
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_nothing_under_the_final_name(tmp_path):
