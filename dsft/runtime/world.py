@@ -100,12 +100,15 @@ class World:
             Exception: On a rank that passed in another exception, that one.
             PeerFailed: On the other ranks then.
         """
-        said = None if failure is None else (isinstance(failure, UserError), describe_error(failure))
-        failures = [(rank, *theirs) for rank, theirs in enumerate(self.gather_objects(said)) if theirs]
-        if failure is not None and not isinstance(failure, UserError):
+        explained = isinstance(failure, UserError)
+        said = None if failure is None else (explained, str(failure) if explained else describe_error(failure))
+        everyone = self.gather_objects(said)
+        if failure is not None and not explained:
             raise failure
-        for rank, explained, message in failures:
-            raise (UserError if explained else PeerFailed)(f"rank {rank}: {message}")
+        for rank, theirs in enumerate(everyone):
+            if theirs:
+                explained, message = theirs
+                raise (UserError if explained else PeerFailed)(f"rank {rank}: {message}")
 
 
 def join(place: Place, timeout: timedelta = TIMEOUT) -> World:

@@ -109,7 +109,8 @@ def test_an_exception_that_nobody_expects_ends_all_ranks(fault, base, scratch):
     assert ending.seconds is not None and ending.seconds < 10, ending.output
     assert ending.code == 1, ending.output
     assert ending.heard, ending.output
-    assert ending.output.count("Traceback (most recent call last)") - ending.output.count("ChildFailedError") == 1
+    # torchrun, which is Python too, ends with an exception of its own
+    assert ending.output.count("Traceback (most recent call last)") == 1 + (fault.launcher == "torchrun")
 
 
 def test_a_sweep_without_a_launcher_trains_each_job(base, scratch, tmp_path):
