@@ -107,7 +107,11 @@ def watched(place: Place, explain: Callable[[Exception], str | None]) -> Iterato
             watch.begin()
         yield
     except BaseException as error:
-        watch.failed(error)
+        try:
+            watch.failed(error)
+        except BaseException:  # no memory left even for that: the others see the connection close
+            if place.world_size > 1:
+                os._exit(1)
         raise
     finally:
         threading.excepthook = previous
@@ -152,7 +156,7 @@ class _Watch:
     def close(self) -> None:
         """This rank is done, and all is well."""
         self._done = True
-        if self._line:
+        if self._line and os.getpid() == self._pid:
             self._line.close()
 
     def failed(self, error: BaseException) -> None:
@@ -238,7 +242,11 @@ class _Channel:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Wait for bytes; the objects that are complete with them, or None at the end."""
+        """Wait for bytes; the objects that are complete with them, or None at the end.
+
+        Raises:
+            ValueError: What came is no JSON, or too long for one of these objects.
+        """
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -246,6 +254,8 @@ class _Channel:
         if not data:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > 16 * LONGEST:
+            raise ValueError("a line without an end")
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
