@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from dsft import checkpoint, loop
-from dsft.config import check, load
+from dsft.config import check, cli, effect, load
 from dsft.config.schema import Config, Precision
 from dsft.data import audit as audits
 from dsft.data import dataset, sources
@@ -35,7 +35,7 @@ from dsft.evaluate import Evaluator
 from dsft.metrics import METRICS
 from dsft.model import attention, export, tuning
 from dsft.model import load as models
-from dsft.optim import Schedule
+from dsft.optim import Schedule, parameter_groups
 from dsft.runtime.files import write_json, write_text
 from dsft.runtime.place import Place
 from dsft.runtime.seeds import seed_everything
@@ -86,10 +86,14 @@ def _run(config: Config, place: Place) -> int:
         fp16=config.fp16,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    check.check(config, ds, place.world_size, METRICS)
-    for spec in (config.data.train, config.data.validation):
-        if spec is not None:
-            sources.files(spec)  # a missing file is told before a model is converted
+    given = cli.given()
+    _warn(place, check.check(config, ds, place.world_size, METRICS, given))
+    # a missing file is told before a model is converted
+    specs = [spec for spec in (config.data.train, config.data.validation) if spec is not None]
+    data_on_hub = None in [sources.files(spec) for spec in specs]
+    model_on_hub = models.on_hub(config.model.path)
+    idle = effect.by_place(config, model_on_hub=model_on_hub, data_on_hub=data_on_hub)
+    _warn(place, effect.enforce(config, idle, given))
     # reading and tokenising may take hours: done before there is a process group that could time out
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
@@ -107,6 +111,13 @@ def _run(config: Config, place: Place) -> int:
     )
     total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     audit["packing"] = planner.describe()
+    length = effect.Length(
+        held_out=len(validation or []),
+        all_supervised=bool((train_set.supervised_counts == train_set.lengths - 1).all()),
+        total_steps=total_steps,
+        steps_to_decay=planner.total_steps(effect.decays_every(config), total_steps),
+    )
+    _warn(place, effect.enforce(config, effect.by_length(config, length, given), given))
 
     stop = StopRequest()
     world = join(place)
@@ -122,6 +133,13 @@ def _run(config: Config, place: Place) -> int:
     identity = _identity(config, precision, source)
     seed_everything(config.train.seed, config.train.deterministic)
     engine = _engine(config, ds, source, precision, world)
+    idle = effect.by_model(
+        config,
+        source.name,
+        chunked=engine.module.chunked,
+        decayed=any(group["weight_decay"] for group in parameter_groups(engine.module, config.optim)),
+    )
+    _warn(place, effect.enforce(config, idle, given))
     resume_from = world.from_main(partial(checkpoint.choose, run_dir, config.train.resume))
     saved = checkpoint.read_state(resume_from) if resume_from else {}
     tracker = _tracker(config, run_dir, world, total_steps, saved)
@@ -167,6 +185,12 @@ def _run(config: Config, place: Place) -> int:
     code = _conclude(run_dir, signal, world, tracker)
     leave()
     return code
+
+
+def _warn(place: Place, warnings: list[str]) -> None:
+    """Show what a recipe sets and this run has no use for."""
+    for warning in warnings if place.rank == 0 else []:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def check_model(config: Config, source: models.ModelSource, tokenizer) -> None:

@@ -11,15 +11,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from dsft.config import effect
 from dsft.config.schema import (
     BatchConfig,
     Config,
     Method,
     OptimName,
-    Packing,
-    Precision,
     ScheduleConfig,
-    ScheduleName,
     Source,
     TrainConfig,
     is_text,
@@ -42,7 +40,13 @@ class BatchSizes:
     global_batch_size: int
 
 
-def check(config: Config, ds: dict[str, Any], world_size: int, metric_names: Collection[str]) -> None:
+def check(
+    config: Config,
+    ds: dict[str, Any],
+    world_size: int,
+    metric_names: Collection[str],
+    given: Collection[str] | None = None,
+) -> list[str]:
     """Refuse settings that contradict each other, or that have no effect where they are given.
 
     Args:
@@ -50,18 +54,22 @@ def check(config: Config, ds: dict[str, Any], world_size: int, metric_names: Col
         ds: What the DeepSpeed JSON holds.
         world_size: Data-parallel ranks.
         metric_names: Declared metrics; those of an evaluation begin with `eval/`.
+        given: Settings and groups on the command line; None counts whatever differs from the schema as given.
+
+    Returns:
+        Warnings: settings of a recipe that have no effect.
 
     Raises:
         UserError: Listing everything that is wrong, each with the settings concerned and how to mend it.
     """
+    idle, warnings = effect.sort_out(config, effect.by_config(config), given)
     problems = [
+        *idle,
         *_ranges(config),
         *_empty(config),
-        *_idle(config),
         *_data(config),
         *_tuning(config),
-        *_warmup(config.schedule, config.train),
-        *_evaluation(config),
+        *_warmup(config.schedule),
         *_metric_names(config, [name for name in metric_names if name.startswith("eval/")]),
         *_zero(config, ds),
         *_resume(config.train),
@@ -69,6 +77,7 @@ def check(config: Config, ds: dict[str, Any], world_size: int, metric_names: Col
     ]
     if problems:
         raise UserError("\n".join(problems))
+    return warnings
 
 
 def check_model(
@@ -181,75 +190,13 @@ def _empty(config: Config) -> Iterator[str]:
         if value == "" and is_text(hint):
             yield f"{name}= is empty: give a value{', or null' if is_text_or_null(hint) else ''}, or leave {name} out."
         elif is_text_list(hint) and "" in value:
-            yield f"{name}={_text(value)} holds an empty text: take it out."
-
-
-_ACTS_WITH = (
-    ("tuning.trainable tuning.last_layers", "tuning.method", {Method.freeze}, "tuning=freeze"),
-    (
-        "tuning.rank tuning.alpha tuning.dropout tuning.target_modules tuning.use_rslora tuning.use_dora",
-        "tuning.method",
-        {Method.lora},
-        "tuning=lora",
-    ),
-    ("data.train", "data.source", {Source.files}, "data=jsonl"),
-    ("data.packages", "data.source", {Source.pydoc}, "data=pydoc"),
-    ("data.pack_window", "data.packing", {Packing.bfd}, "data.packing=bfd"),
-    ("fp16.initial_scale_power fp16.loss_scale_window", "precision", {Precision.fp16}, "precision=fp16"),
-    ("optim.implementation", "optim.name", {OptimName.adamw}, "optim=adamw"),
-    ("optim.betas", "optim.name", set(OptimName) - {OptimName.sgd}, "optim=adamw|lion|muon"),
-    ("optim.eps", "optim.name", {OptimName.adamw, OptimName.muon}, "optim=adamw|muon"),
-    ("optim.momentum", "optim.name", {OptimName.sgd, OptimName.muon}, "optim=sgd|muon"),
-    ("schedule.restarts", "schedule.name", {ScheduleName.cosine}, "schedule=cosine"),
-    (
-        "schedule.min_lr_ratio",
-        "schedule.name",
-        {ScheduleName.linear, ScheduleName.cosine, ScheduleName.plateau},
-        "schedule=linear|cosine|plateau",
-    ),
-    ("schedule.step_size", "schedule.name", {ScheduleName.step}, "schedule=step"),
-    ("schedule.unit", "schedule.name", {ScheduleName.step, ScheduleName.exponential}, "schedule=step|exponential"),
-    (
-        "schedule.gamma",
-        "schedule.name",
-        {ScheduleName.step, ScheduleName.exponential, ScheduleName.plateau},
-        "schedule=step|exponential|plateau",
-    ),
-    ("schedule.metric schedule.patience", "schedule.name", {ScheduleName.plateau}, "schedule=plateau"),
-    ("tracking.project tracking.entity tracking.tags", "tracking.wandb", {True}, "tracking=wandb"),
-)
-"""Knobs that only act where another setting has one of some values, and how to choose one of those."""
-
-
-def _idle(config: Config) -> Iterator[str]:
-    """A knob that was set and does nothing is a misunderstanding."""
-    default = Config()
-    for names, selector, values, choose in _ACTS_WITH:
-        chosen = attrgetter(selector)(config)
-        for name in names.split():
-            value = attrgetter(name)(config)
-            if chosen not in values and value != attrgetter(name)(default):
-                yield (
-                    f"{name}={_text(value)} does nothing with {selector}={_text(chosen)}: choose {choose}, or leave "
-                    f"{name} out."
-                )
-    patience, delta = config.train.early_stopping_patience, config.train.early_stopping_min_delta
-    if delta and not patience:
-        yield (
-            f"train.early_stopping_min_delta={delta} does nothing with train.early_stopping_patience=0: set the "
-            "patience, or leave the other out."
-        )
+            yield f"{name}={effect.text(value)} holds an empty text: take it out."
 
 
 def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.source is Source.files and data.train is None:
         yield "data.source=files without data.train: add data.train=FILE, or choose data=pydoc."
-    if data.validation is not None and data.validation_share not in (0, Config().data.validation_share):
-        yield (
-            f"data.validation={data.validation} and data.validation_share={data.validation_share} are two ways to "
-            "say the same: leave one of them out."
-        )
 
 
 def _tuning(config: Config) -> Iterator[str]:
@@ -268,35 +215,13 @@ def _tuning(config: Config) -> Iterator[str]:
             yield f"tuning.trainable has {pattern!r}, which is no regular expression: {error}."
 
 
-def _warmup(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[str]:
+def _warmup(schedule: ScheduleConfig) -> Iterator[str]:
     steps, ratio = schedule.warmup_steps, schedule.warmup_ratio
     if steps and ratio:
         yield (
             f"schedule.warmup_steps={steps} and schedule.warmup_ratio={ratio} both set the warm-up: set one of them "
             "to 0."
         )
-    if train.max_steps is not None and steps > train.max_steps:
-        yield (
-            f"schedule.warmup_steps={steps} is longer than train.max_steps={train.max_steps}: the rate would never "
-            "reach its peak. Lower the first or raise the second."
-        )
-
-
-def _evaluation(config: Config) -> Iterator[str]:
-    """What waits for evaluations needs a validation set, and evaluations along the way."""
-    waiting = []
-    if config.schedule.name is ScheduleName.plateau:
-        waiting.append("schedule.name=plateau")
-    if config.train.early_stopping_patience:
-        waiting.append(f"train.early_stopping_patience={config.train.early_stopping_patience}")
-    for name in waiting:
-        if config.data.validation is None and config.data.validation_share == 0:
-            yield (
-                f"{name} watches an evaluation, and data.validation_share=0 without data.validation leaves nothing to "
-                "evaluate on: give one of the two."
-            )
-        if config.train.eval_every == 0:
-            yield f"{name} watches evaluations, and train.eval_every=0 has none along the way: raise it."
 
 
 def _metric_names(config: Config, names: list[str]) -> Iterator[str]:
@@ -345,12 +270,3 @@ def _batch(batch: BatchConfig, world_size: int) -> Iterator[str]:
         resolve_batch(batch, world_size)
     except UserError as error:
         yield str(error)
-
-
-def _text(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    return getattr(value, "name", None) or str(value)

@@ -7,7 +7,7 @@ differently from how it is written is put in quotes first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -49,11 +49,14 @@ def quote_text(argv: list[str]) -> list[str]:
     return [_argument(argument) for argument in argv]
 
 
-def given() -> frozenset[str]:
-    """The settings that the command line gave, and the groups that it chose; none outside of a Hydra command."""
-    if not HydraConfig.initialized():
-        return frozenset()
-    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+def given() -> frozenset[str] | None:
+    """The settings that the command line gave, and the groups that it chose; None outside of a Hydra command."""
+    return names(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
+def names(arguments: Iterable[str]) -> frozenset[str]:
+    """The settings that arguments in Hydra's grammar give, and the groups that they choose."""
+    overrides = _parser().parse_overrides(list(arguments))
     return frozenset(name for o in overrides if not o.is_delete() for name in _leaves(o.key_or_group, o.value()))
 
 

@@ -142,7 +142,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/dsft"
     """Where tokenised data and converted models are kept, keyed by content."""
     num_workers: int | None = None
-    """Tokenising processes; null for all cores."""
+    """Tokenising processes, started from 20,000 records on; null for all cores."""
 
 
 @dataclass

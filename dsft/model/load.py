@@ -84,6 +84,11 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
     return _on_hub(path, revision)
 
 
+def on_hub(path: str) -> bool:
+    """Whether `resolve` would ask the hub for `path`: nothing of this name lies here."""
+    return not path.startswith("package://") and not Path(path).expanduser().exists()
+
+
 def _inside_package(path: str) -> Path:
     """The file that `package://NAME/FILE` names, without importing the package."""
     package, _, inner = path.removeprefix("package://").partition("/")

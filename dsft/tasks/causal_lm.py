@@ -34,6 +34,11 @@ class CausalLM(nn.Module):
         self._neftune = neftune
         self._checked = False
 
+    @property
+    def chunked(self) -> bool:
+        """Whether logits are computed chunk by chunk, as far as is known before the first batch."""
+        return self._head[0] is not None
+
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Tally]:
         """The summed loss of a batch.
 

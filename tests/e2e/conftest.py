@@ -24,7 +24,6 @@ def base(tmp_path_factory) -> list[str]:
         "batch.micro_batch_size=2",
         "batch.gradient_accumulation_steps=2",
         "optim.lr=2e-3",
-        "train.sample_tokens=8",
     ]
 
 

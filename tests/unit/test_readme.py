@@ -11,7 +11,7 @@ import hydra
 import pytest
 
 from dsft import ds_config
-from dsft.config import load, table
+from dsft.config import cli, load, table
 from dsft.config.check import check
 from dsft.data import shapes
 from dsft.metrics import METRICS
@@ -65,7 +65,7 @@ def test_a_command_composes_and_its_settings_agree(command):
     overrides = [word.split(",")[0] if " -m " in command else word for word in words]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = load.from_hydra(hydra.compose("config", overrides=overrides))
-    check(config, ds_config.read(config.deepspeed.json), RANKS, METRICS)
+    check(config, ds_config.read(config.deepspeed.json), RANKS, METRICS, cli.names(overrides))
 
 
 def test_every_choice_of_the_command_line_is_named(readme):

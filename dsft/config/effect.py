@@ -1,0 +1,328 @@
+"""When each setting acts. One that does nothing where it is given is a misunderstanding, and is not passed over.
+
+What was given on the command line is refused; what a recipe's YAML brings along, perhaps for other runs than this
+one, is a warning. Some can be told from the config alone, some once it is known where model and data are, some only
+when the length of the data is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from operator import attrgetter
+from typing import Any
+
+from dsft.config.schema import Config, Method, OptimName, Packing, Precision, ScheduleName, Source, TrainOn, Unit
+from dsft.errors import UserError
+
+_ACTS_WITH = (
+    ("tuning.trainable tuning.last_layers", "tuning.method", {Method.freeze}, "tuning=freeze"),
+    (
+        "tuning.rank tuning.alpha tuning.dropout tuning.target_modules tuning.use_rslora tuning.use_dora",
+        "tuning.method",
+        {Method.lora},
+        "tuning=lora",
+    ),
+    ("data.train", "data.source", {Source.files}, "data=jsonl"),
+    ("data.packages", "data.source", {Source.pydoc}, "data=pydoc"),
+    ("data.pack_window", "data.packing", {Packing.bfd}, "data.packing=bfd"),
+    ("fp16.initial_scale_power fp16.loss_scale_window", "precision", {Precision.fp16}, "precision=fp16"),
+    ("optim.implementation", "optim.name", {OptimName.adamw}, "optim=adamw"),
+    ("optim.betas", "optim.name", set(OptimName) - {OptimName.sgd}, "optim=adamw|lion|muon"),
+    ("optim.eps", "optim.name", {OptimName.adamw, OptimName.muon}, "optim=adamw|muon"),
+    ("optim.momentum", "optim.name", {OptimName.sgd, OptimName.muon}, "optim=sgd|muon"),
+    ("schedule.restarts", "schedule.name", {ScheduleName.cosine}, "schedule=cosine"),
+    (
+        "schedule.min_lr_ratio",
+        "schedule.name",
+        {ScheduleName.linear, ScheduleName.cosine, ScheduleName.plateau},
+        "schedule=linear|cosine|plateau",
+    ),
+    ("schedule.step_size", "schedule.name", {ScheduleName.step}, "schedule=step"),
+    ("schedule.unit", "schedule.name", {ScheduleName.step, ScheduleName.exponential}, "schedule=step|exponential"),
+    (
+        "schedule.gamma",
+        "schedule.name",
+        {ScheduleName.step, ScheduleName.exponential, ScheduleName.plateau},
+        "schedule=step|exponential|plateau",
+    ),
+    ("schedule.metric schedule.patience", "schedule.name", {ScheduleName.plateau}, "schedule=plateau"),
+    ("tracking.project tracking.entity tracking.tags", "tracking.wandb", {True}, "tracking=wandb"),
+)
+"""Settings that only act where another one has one of some values, and how to choose one of those."""
+
+_NEEDS_EVALUATION = (
+    "eval.micro_batch_size train.eval_every train.best_metric train.early_stopping_patience "
+    "train.early_stopping_min_delta train.samples train.sample_tokens schedule.name schedule.metric schedule.patience"
+).split()
+"""Settings that do nothing where no record is held out (of the schedules only plateau)."""
+
+_OFF_AT_0 = {"data.validation_share", "train.eval_every", "train.samples"}
+"""Settings that are off at 0 though that is not their default: nothing is missed where they do nothing."""
+
+_CHOSEN_BY_GROUP = {
+    "model.path", "data.source", "tuning.method", "deepspeed.json", "optim.name", "schedule.name", "tracking.wandb",
+}  # fmt: skip
+"""Settings that the choice of their group gives: `schedule=plateau` is `schedule.name=plateau`."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A setting that does nothing in this run.
+
+    Attributes:
+        name: The setting.
+        message: Names it with its value, says why it does nothing, and what to do.
+    """
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Length:
+    """What the data make of a run.
+
+    Attributes:
+        held_out: Validation examples.
+        all_supervised: Whether every token of the training examples is learnt.
+        total_steps: Optimizer steps until the first limit.
+        steps_to_decay: Optimizer steps of the first `decays_every` epochs.
+    """
+
+    held_out: int
+    all_supervised: bool
+    total_steps: int
+    steps_to_decay: int
+
+
+def sort_out(config: Config, idle: Iterable[Idle], given: Collection[str] | None) -> tuple[list[str], list[str]]:
+    """Messages of what is to be refused, and of what is to be warned of.
+
+    Args:
+        config: The whole run.
+        idle: What does nothing, whether it was set or not.
+        given: Settings, and groups chosen, on the command line; None where the origin of values is unknown: then
+            whatever is not as the schema has it counts as given.
+    """
+    refused, warned = [], []
+    default = Config()
+    for one in idle:
+        value, usual = attrgetter(one.name)(config), attrgetter(one.name)(default)
+        if (value == usual and value in (0, None, [])) or (one.name in _OFF_AT_0 and value == 0):
+            continue  # switched off, in so many words
+        if getattr(value, "name", None) == "auto":
+            continue
+        if value != usual if given is None else was_given(one.name, given):
+            refused.append(one.message)
+        elif value != usual:
+            warned.append(one.message)
+    return list(dict.fromkeys(refused)), list(dict.fromkeys(warned))
+
+
+def was_given(name: str, given: Collection[str]) -> bool:
+    """Whether the command line gave a setting, by its name or by choosing its group."""
+    return name in given or (name in _CHOSEN_BY_GROUP and name.partition(".")[0] in given)
+
+
+def enforce(config: Config, idle: Iterable[Idle], given: Collection[str] | None) -> list[str]:
+    """The warnings of `sort_out`.
+
+    Raises:
+        UserError: Something is to be refused.
+    """
+    refused, warned = sort_out(config, idle, given)
+    if refused:
+        raise UserError("\n".join(refused))
+    return warned
+
+
+def by_config(config: Config) -> Iterator[Idle]:
+    """What does nothing, as far as the config alone can tell."""
+    for names, selector, values, choose in _ACTS_WITH:
+        chosen = attrgetter(selector)(config)
+        if chosen not in values:
+            for name in names.split():
+                why = f"does nothing with {selector}={text(chosen)}: choose {choose}, or leave {name} out."
+                yield Idle(name, f"{shown(config, name)} {why}")
+    data, train = config.data, config.train
+    if data.validation is not None:
+        yield Idle(
+            "data.validation_share",
+            f"{shown(config, 'data.validation_share')} does nothing with data.validation={data.validation}, which is "
+            "another way to say the same: leave one of them out.",
+        )
+    elif data.validation_share == 0:
+        yield from _without_evaluation(config, "data.validation_share=0 without data.validation holds nothing out")
+    if not train.early_stopping_patience:
+        yield Idle(
+            "train.early_stopping_min_delta",
+            f"{shown(config, 'train.early_stopping_min_delta')} does nothing with train.early_stopping_patience=0: set "
+            "the patience, or leave the other out.",
+        )
+    if not train.samples:
+        yield Idle(
+            "train.sample_tokens",
+            f"{shown(config, 'train.sample_tokens')} does nothing with train.samples=0: raise the latter, or leave the "
+            "other out.",
+        )
+    if train.max_steps is not None and config.schedule.warmup_steps > train.max_steps:
+        yield _long_warmup(config, f"train.max_steps={train.max_steps}")
+    if train.eval_every == 0:
+        for name in _watching(config):
+            yield Idle(
+                name,
+                f"{shown(config, name)} watches evaluations, and train.eval_every=0 has none along the way: raise it.",
+            )
+
+
+def by_place(config: Config, *, model_on_hub: bool, data_on_hub: bool) -> Iterator[Idle]:
+    """What does nothing where model and data are."""
+    if not model_on_hub:
+        yield Idle(
+            "model.revision",
+            f"{shown(config, 'model.revision')} does nothing with model.path={config.model.path}, which is no hub id "
+            "but lies here: give that revision's directory as model.path, or leave model.revision out.",
+        )
+    if not data_on_hub:
+        specs = [f"{name}={value}" for name, value in _specs(config).items() if value is not None] or ["data=pydoc"]
+        yield Idle(
+            "data.split",
+            f"{shown(config, 'data.split')} does nothing with {' and '.join(specs)}, which is no hub id: give the "
+            "split's own file as data.train, or leave data.split out.",
+        )
+
+
+def by_length(config: Config, length: Length, given: Collection[str] | None) -> Iterator[Idle]:
+    """What does nothing with these records, in a run of this length."""
+    train, steps = config.train, length.total_steps
+    run = f"the {steps} steps of this run" if steps > 1 else "the only step of this run"
+    if not length.held_out and config.data.validation is None and config.data.validation_share > 0:
+        why = "nothing is held out, for there is only one record"
+        yield from _without_evaluation(config, why)
+        yield Idle(
+            "data.validation_share",
+            f"{shown(config, 'data.validation_share')} does nothing: {why}. Give data.validation=FILE, more records, "
+            "or data.validation_share=0.",
+        )
+    elif length.held_out and train.eval_every:
+        yield from _too_few_evaluations(config, (steps - 1) // train.eval_every, run)
+    if length.all_supervised and config.data.train_on is not TrainOn.all:
+        yield Idle(
+            "data.train_on",
+            f"{shown(config, 'data.train_on')} does nothing with these records: every token of them is learnt, as of "
+            "plain texts (field `text`). Give chats, or leave data.train_on out.",
+        )
+    if config.schedule.warmup_steps > steps:
+        yield _long_warmup(config, run)
+    yield from _no_decay(config, length, run)
+    limited = train.epochs is not None and train.max_steps == steps
+    if limited and given is not None and not was_given("train.max_steps", given):
+        yield Idle(
+            "train.epochs",
+            f"{shown(config, 'train.epochs')} does nothing: train.max_steps={train.max_steps}, which the recipe sets, "
+            "ends the run first. Add train.max_steps=null, or leave train.epochs out.",
+        )
+
+
+def by_model(config: Config, model: str, *, chunked: bool, decayed: bool) -> Iterator[Idle]:
+    """What does nothing with this model and what of it is trained.
+
+    Args:
+        config: The whole run.
+        model: Its name.
+        chunked: Whether its logits can be computed chunk by chunk.
+        decayed: Whether weight decay applies to any of its trained parameters.
+    """
+    if not chunked:
+        yield Idle(
+            "model.logits_chunk",
+            f"{shown(config, 'model.logits_chunk')} does nothing with {model}, whose output head is more than a "
+            "linear map, so that all logits exist at once: lower batch.micro_batch_size to save memory, and leave "
+            "model.logits_chunk out.",
+        )
+    if not decayed:
+        yield Idle(
+            "optim.weight_decay",
+            f"{shown(config, 'optim.weight_decay')} does nothing where only norms, biases and embeddings are trained, "
+            "which are never decayed: train more (tuning.*), or leave optim.weight_decay out.",
+        )
+
+
+def decays_every(config: Config) -> int:
+    """Steps or epochs (`schedule.unit`) from one decay of a step or exponential schedule to the next."""
+    return config.schedule.step_size if config.schedule.name is ScheduleName.step else 1
+
+
+def shown(config: Config, name: str) -> str:
+    """A setting and its value, as written on the command line."""
+    return f"{name}={text(attrgetter(name)(config))}"
+
+
+def text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(text, value))}]"
+    return value.name if isinstance(value, Enum) else str(value)
+
+
+def _without_evaluation(config: Config, why: str) -> Iterator[Idle]:
+    plateau = config.schedule.name is ScheduleName.plateau
+    for name in _NEEDS_EVALUATION:
+        if plateau or not name.startswith("schedule."):
+            yield Idle(
+                name,
+                f"{shown(config, name)} acts on evaluations, and {why}: give data.validation=FILE or a "
+                f"data.validation_share, or leave {name} out.",
+            )
+
+
+def _watching(config: Config) -> list[str]:
+    """Settings that wait for one evaluation after the other."""
+    plateau = ["schedule.name"] if config.schedule.name is ScheduleName.plateau else []
+    return plateau + (["train.early_stopping_patience"] if config.train.early_stopping_patience else [])
+
+
+def _too_few_evaluations(config: Config, evaluations: int, run: str) -> Iterator[Idle]:
+    """The first evaluation sets the mark; a plateau acts one later than early stopping."""
+    waits = {
+        "schedule.name": config.schedule.patience + 2,
+        "train.early_stopping_patience": config.train.early_stopping_patience + 1,
+    }
+    for name in _watching(config):
+        if evaluations < waits[name]:
+            yield Idle(
+                name,
+                f"{shown(config, name)} can act at evaluation {waits[name]} at the earliest, and {run} have "
+                f"{evaluations} before the end with train.eval_every={config.train.eval_every}: evaluate more often, "
+                "train for longer, or lower the patience.",
+            )
+
+
+def _no_decay(config: Config, length: Length, run: str) -> Iterator[Idle]:
+    schedule = config.schedule
+    if schedule.name not in (ScheduleName.step, ScheduleName.exponential):
+        return
+    every = decays_every(config)
+    if (length.steps_to_decay if schedule.unit is Unit.epochs else every) >= length.total_steps:
+        yield Idle(
+            "schedule.name",
+            f"{shown(config, 'schedule.name')} does nothing in {run}, for its first decay would come after them: "
+            f"one is due every {every} {schedule.unit.name}. Choose schedule.unit=steps with a fitting "
+            "schedule.step_size, train for longer, or choose schedule=constant.",
+        )
+
+
+def _long_warmup(config: Config, run: str) -> Idle:
+    return Idle(
+        "schedule.warmup_steps",
+        f"{shown(config, 'schedule.warmup_steps')} is longer than {run}: the rate would never reach its peak. Lower "
+        "the first or train for longer.",
+    )
+
+
+def _specs(config: Config) -> dict[str, str | None]:
+    return {"data.train": config.data.train, "data.validation": config.data.validation}
