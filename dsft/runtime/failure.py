@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 from dsft.errors import UserError
 from dsft.runtime.place import Place
 
-MEETING = timedelta(minutes=30)
-"""How long a rank waits for rank 0 to be there: as long as it would wait for it in the process group."""
+MEETING = timedelta(minutes=10)
+"""How long a rank waits for rank 0 to be there: for the slowest host to start its first process."""
 HANDSHAKE = timedelta(seconds=5)
 """How long the store may take to answer before it is looked for anew."""
 GRACE = 2.0
@@ -198,6 +198,8 @@ class _Watch:
 
     def _speaks(self, cause: Cause) -> bool:
         """Whether it is for this rank to repeat on its host what another has said."""
+        if cause.rank == self._place.rank:
+            return True
         if cause.host != self._host:
             return self._place.local_rank == 0
         return cause.silent and self._place.local_rank == (0 if cause.local_rank else 1)
@@ -431,7 +433,7 @@ class _Line(threading.Thread):
             if not self._closed:
                 print(
                     f"warning: rank {self._place.rank} cannot tell rank 0 of a failure, nor hear of one "
-                    f"({describe(error)}); it may then wait in vain for up to {MEETING.seconds // 60} minutes",
+                    f"({describe(error)}); it may then wait in vain, until its launcher ends it",
                     file=sys.stderr,
                 )
             return
@@ -477,7 +479,10 @@ class _Line(threading.Thread):
             about = {"port": self._hub.port, "host": "localhost", "token": self._hub.token}
             addresses = ["localhost", self._host]
         else:
-            about = _published(self._place)
+            try:
+                about = _published(self._place)
+            except OSError as error:
+                return self._alone(error)
             if about is None:
                 return _gone(0, 0, self._host)
             self._main_host = about["host"]
@@ -494,8 +499,17 @@ class _Line(threading.Thread):
             self._hear(Cause(**message["cause"]))
         return None
 
+    def _alone(self, error: OSError) -> Cause:
+        """Rank 0 never came: nothing but this ends a rank whose host started after rank 0 had failed."""
+        place = self._place
+        message = (
+            f"rank 0 was not to be reached at {place.master_addr}:{place.master_port} for "
+            f"{MEETING.total_seconds() / 60:.3g} minutes ({describe(error)}): it failed before, or never started"
+        )
+        return Cause(place.rank, place.local_rank, self._host, message, 1, silent=True)
+
     def _taken(self) -> Cause:
-        time.sleep(GRACE)  # rank 0 says the same, if it is on this host
+        time.sleep(VERDICT)  # rank 0 says the same, and where it is on this host, its launcher ends this rank by now
         place = self._place
         return Cause(place.rank, place.local_rank, self._host, port_taken(place), 2, silent=True)
 
@@ -545,10 +559,9 @@ def _published(place: Place) -> dict[str, Any] | None:
             socket.create_connection((place.master_addr, place.master_port), 5).close()
             was_there = True
             return json.loads(_store(place, hosts=False).get(_key()))
-        except ConnectionRefusedError:
-            if was_there:
+        except (OSError, RuntimeError) as error:
+            if was_there and isinstance(error, ConnectionRefusedError):
                 return None
-        except (OSError, RuntimeError):
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)

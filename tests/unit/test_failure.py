@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,24 @@ def test_a_failure_reaches_a_rank_that_comes_later(run, who):
     assert outcome.terminal.count("error: ") == 1
 
 
+def test_a_rank_whose_rank_0_never_comes_does_not_wait_forever(run):
+    outcome = run(Late(leaves_without_a_word, 2), Impatient(waits), meet=False)
+    assert outcome.codes[1] == 1
+    assert outcome.said[1].startswith("error: rank 1 on ") and outcome.said[1].count("\n") == 1
+    assert "rank 0 was not to be reached at 127.0.0.1:" in outcome.said[1]
+
+
+class Impatient(Late):
+    """Gives rank 0 half a second to come, and to speak first."""
+
+    def __init__(self, behave):
+        super().__init__(behave, 0)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        failure.MEETING, failure.VERDICT = timedelta(seconds=0.5), 0.5
+
+
 def suspended() -> None:
     time.sleep(0.1)
     pid = os.getpid()
@@ -475,7 +494,7 @@ def test_another_run_on_the_same_port_is_refused_and_disturbs_nobody(run, tmp_pa
     started, over = tmp_path / "started", tmp_path / "over"
     first, outcome = run.start(Until(over), Touches(started, Until(over)), port=port)
     Until(started)()
-    second = run(waits, waits, port=port, meet=False)
+    second = run(waits, Impatient(waits), port=port, meet=False)
     assert second.codes == [2, 2]
     assert second.terminal.count("--master_port") == len(second.terminal.splitlines())
     assert [process.exitcode for process in first] == [None, None]
