@@ -475,7 +475,7 @@ def test_a_port_in_use_names_the_setting(run):
     with socket.create_server(("", 0)) as server:
         outcome = run(waits, passes_sooner, port=server.getsockname()[1], meet=False)
     assert outcome.codes[0] == 2
-    assert outcome.said[0].startswith("error: port ") and "--master_port" in outcome.said[0]
+    assert outcome.said[0].startswith("error: port ") and "in use" in outcome.said[0]
 
 
 class Until:
@@ -496,7 +496,7 @@ def test_another_run_on_the_same_port_is_refused_and_disturbs_nobody(run, tmp_pa
     Until(started)()
     second = run(waits, Impatient(waits), port=port, meet=False)
     assert second.codes == [2, 2]
-    assert second.terminal.count("--master_port") == len(second.terminal.splitlines())
+    assert second.terminal.count("in use") == len(second.terminal.splitlines())
     assert [process.exitcode for process in first] == [None, None]
     over.touch()
     assert outcome().codes == [0, 0]
