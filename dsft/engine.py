@@ -11,7 +11,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -48,14 +49,22 @@ DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
 
 
 @contextmanager
-def building(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it transformers builds models the way this DeepSpeed config needs: partitioned at once under ZeRO-3."""
+def building(ds_config: dict[str, Any]) -> Iterator[Callable[[list[nn.Parameter]], AbstractContextManager]]:
+    """Within it transformers builds models the way this DeepSpeed config needs: partitioned at once under ZeRO-3.
+
+    Yields:
+        Makes a context in which parameters of such a model are whole on every rank, to be read.
+    """
     # transformers holds only a weak reference: the name keeps it alive
     alive = HfDeepSpeedConfig(ds_config) if stage(ds_config) == 3 else None
     try:
-        yield
+        yield partial(_gathered, stage(ds_config))
     finally:
         del alive
+
+
+def _gathered(zero_stage: int, parameters: list[nn.Parameter]) -> AbstractContextManager:
+    return deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else nullcontext()
 
 
 class Stopwatch:
@@ -218,9 +227,7 @@ class Engine:
 
     def gathered(self, parameters: list[nn.Parameter]):
         """A context in which these parameters are whole on every rank."""
-        if self.stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters)
+        return _gathered(self.stage, parameters)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks and buffers away, so that another engine can follow in this process."""

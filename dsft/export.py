@@ -15,7 +15,7 @@ from dsft.config.schema import Method
 from dsft.errors import UserError
 from dsft.model import export as writing
 from dsft.model import load as models
-from dsft.model import tuning
+from dsft.model import rows, tuning, vocabulary
 
 PROBE = "def add(a, b):\n    return a + b  # The quick brown fox costs $3.14, 敏捷的棕色狐狸。\n"
 """Text whose logits are compared; words, code, digits and Chinese, so that many rows of the embedding are met."""
@@ -50,11 +50,19 @@ def export(
     path = checkpoint.find(run_dir, which)
     if problem := checkpoint.damage(path):
         raise UserError(f"{path} is no whole checkpoint: {problem}")
-
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
     dtype = _dtype(run_dir)
-    model = tuning.apply(models.load_model(source, dtype, "eager"), config.tuning, config.train.seed)
+    model = models.load_model(source, dtype, "eager")
+    new_tokens = checkpoint.read_state(path).get("new_tokens", [])
+    words = vocabulary.extend(tokenizer, new_tokens, model.config.get_text_config().vocab_size)
+    if words.pieces and not merge:
+        raise UserError(
+            f"merge=false writes adapters alone, but {run_dir} was run with {len(words.pieces)} new tokens, whose rows "
+            f"the base model {config.model.path} lacks. Leave merge=false out."
+        )
+    rows.grow(model, words, lambda parameters: nullcontext())
+    model = tuning.apply(model, config.tuning, config.train.seed, words)
     put_weights(model, checkpoint.weights(path), str(path))
     writing.write_model(
         model,

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from dsft import checkpoint, loop
 from dsft.config import check, cli, effect, load
-from dsft.config.schema import Config, Precision
+from dsft.config.schema import Config, Method, Precision
 from dsft.data import audit as audits
 from dsft.data import dataset, sources
 from dsft.data.batch import collate
@@ -33,7 +33,7 @@ from dsft.engine import Engine, building
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
 from dsft.metrics import METRICS
-from dsft.model import attention, export, tuning
+from dsft.model import attention, export, rows, tuning, vocabulary
 from dsft.model import load as models
 from dsft.optim import Schedule, parameter_groups
 from dsft.runtime.files import write_json, write_text
@@ -91,13 +91,14 @@ def _run(config: Config, place: Place) -> int:
     # a missing file is told before a model is converted
     specs = [spec for spec in (config.data.train, config.data.validation) if spec is not None]
     data_on_hub = None in [sources.files(spec) for spec in specs]
+    new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
     model_on_hub = models.on_hub(config.model.path)
     idle = effect.by_place(config, model_on_hub=model_on_hub, data_on_hub=data_on_hub)
     _warn(place, effect.enforce(config, idle, given))
     # reading and tokenising may take hours: done before there is a process group that could time out
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
-    check_model(config, source, tokenizer)
+    words = _prepare_vocabulary(config, source, tokenizer, new_tokens)
     train_set, validation, audit = dataset.prepare(
         config.data, tokenizer, models.tokenizer_fingerprint(tokenizer), config.train.seed
     )
@@ -130,9 +131,9 @@ def _run(config: Config, place: Place) -> int:
         "the precision": precision.value,
     }.items():
         world.agree(what, value)
-    identity = _identity(config, precision, source)
+    identity = _identity(config, precision, source) | {"data.new_tokens": words.identity}
     seed_everything(config.train.seed, config.train.deterministic)
-    engine = _engine(config, ds, source, precision, world)
+    engine = _engine(config, ds, source, words, precision, world)
     idle = effect.by_model(
         config,
         source.name,
@@ -149,6 +150,9 @@ def _run(config: Config, place: Place) -> int:
         _describe_run(config, ds, run_dir, tracker, audit)
         audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
         tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
+        trained = config.tuning.method is Method.full or config.tuning.new_tokens
+        for line in words.notes(train_set.arrays["ids"], trained):
+            tracker.note(line)
     the_loop = loop.Loop(
         engine=engine,
         loader=Loader(
@@ -174,6 +178,7 @@ def _run(config: Config, place: Place) -> int:
         extra_state=lambda: {
             "data": train_set.key,
             "identity": identity,
+            "new_tokens": words.added,
             "wandb_id": world.broadcast(tracker.run_id),
         },
     )
@@ -193,25 +198,39 @@ def _warn(place: Place, warnings: list[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def check_model(config: Config, source: models.ModelSource, tokenizer) -> None:
-    """Refuse settings that the chosen model cannot bear, before it is loaded."""
-    model_config = models.load_config(source)
-    text_config = model_config.get_text_config()
+def _prepare_vocabulary(
+    config: Config, source: models.ModelSource, tokenizer, new_tokens: list[str]
+) -> vocabulary.Vocabulary:
+    """Add the new tokens, and refuse settings that the chosen model cannot bear, before it is loaded."""
+    text_config = models.load_config(source).get_text_config()
+    words = vocabulary.extend(tokenizer, new_tokens, text_config.vocab_size)
     check.check_model(
         max_length=config.data.max_length,
         max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
-        vocabulary_size=text_config.vocab_size,
-        largest_token_id=max(tokenizer.get_vocab().values()),
+        embeddings=text_config.vocab_size,
+        tokens=words.size,
+        new_tokens=len(words.pieces),
+        resize=config.model.resize_embeddings,
+        train_new_tokens=config.tuning.new_tokens,
     )
+    return words
 
 
-def _engine(config: Config, ds: dict, source: models.ModelSource, precision: Precision, world: World) -> Engine:
+def _engine(
+    config: Config,
+    ds: dict,
+    source: models.ModelSource,
+    words: vocabulary.Vocabulary,
+    precision: Precision,
+    world: World,
+) -> Engine:
     """The model, prepared for training as the config says, inside its engine."""
     dtype = DTYPES[precision]
     kernel = attention.choose_kernel(config.model.attention, world.device, dtype)
-    with building(ds):
+    with building(ds) as gather:
         model = models.load_model(source, dtype, attention.NAME)
-        model = tuning.apply(model, config.tuning, config.train.seed)
+        rows.grow(model, words, gather)
+        model = tuning.apply(model, config.tuning, config.train.seed, words)
     models.activation_checkpointing(model, config.activation_checkpointing)
     noise = tuning.add_neftune(model, config.tuning.neftune_alpha) if config.tuning.neftune_alpha else None
     task = CausalLM(model, partial(attention.Documents.of, kernel=kernel), config.model.logits_chunk, noise)

@@ -81,28 +81,50 @@ def check(
 
 
 def check_model(
-    *, max_length: int, max_position_embeddings: int | None, vocabulary_size: int, largest_token_id: int
+    *,
+    max_length: int,
+    max_position_embeddings: int | None,
+    embeddings: int,
+    tokens: int,
+    new_tokens: int,
+    resize: bool,
+    train_new_tokens: bool,
 ) -> None:
     """What can be told only once the model's own config and its tokenizer are known.
 
     Args:
         max_length: `data.max_length`, in tokens.
         max_position_embeddings: Positions that the model was built for; None where it has no such limit.
-        vocabulary_size: Rows of the input embedding.
-        largest_token_id: Largest id that the tokenizer can give.
+        embeddings: Rows of the input embedding.
+        tokens: The largest id that the tokenizer can give, and one.
+        new_tokens: How many of them the model was not trained with.
+        resize: `model.resize_embeddings`.
+        train_new_tokens: `tuning.new_tokens`.
 
     Raises:
-        UserError: If a row could be longer than the model's positions, or a token have no embedding.
+        UserError: If a row could be longer than the model's positions, a token have no embedding, or a setting for
+            new tokens have no effect.
     """
     if max_position_embeddings is not None and max_length > max_position_embeddings:
         raise UserError(
             f"data.max_length={max_length} is longer than the {max_position_embeddings} positions of the model in "
             f"model.path: give data.max_length={max_position_embeddings} or less, or another model."
         )
-    if largest_token_id >= vocabulary_size:
+    if tokens > embeddings and not resize:
         raise UserError(
-            f"the tokenizer in model.path gives ids up to {largest_token_id}, but the model there has embeddings for "
-            f"0 to {vocabulary_size - 1}: the two do not belong together."
+            f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Give the "
+            f"{tokens - embeddings} without one the mean of their pieces with model.resize_embeddings=true, or take "
+            "them out of the tokenizer."
+        )
+    if resize and tokens <= embeddings:
+        raise UserError(
+            f"model.resize_embeddings=true does nothing: each of the {tokens} tokens has one of the model's "
+            f"{embeddings} embeddings. Leave it out."
+        )
+    if train_new_tokens and not new_tokens:
+        raise UserError(
+            "tuning.new_tokens=true does nothing: there are no new tokens. Name some with data.new_tokens=FILE, or "
+            "leave it out."
         )
 
 
@@ -201,10 +223,11 @@ def _data(config: Config) -> Iterator[str]:
 
 def _tuning(config: Config) -> Iterator[str]:
     tuning = config.tuning
-    if tuning.method is Method.freeze and not tuning.trainable and tuning.last_layers is None:
+    chosen = tuning.trainable or tuning.last_layers is not None or tuning.new_tokens
+    if tuning.method is Method.freeze and not chosen:
         yield (
-            "tuning.method=freeze without tuning.last_layers or tuning.trainable would train nothing: add "
-            "tuning.last_layers=N or tuning.trainable=[REGULAR_EXPRESSION]."
+            "tuning.method=freeze without tuning.last_layers, tuning.trainable or tuning.new_tokens would train "
+            "nothing: add tuning.last_layers=N, tuning.trainable=[REGULAR_EXPRESSION] or tuning.new_tokens=true."
         )
     if tuning.method is Method.lora and not tuning.target_modules:
         yield "tuning.method=lora with tuning.target_modules=[] would train nothing: name modules, or [all-linear]."

@@ -103,6 +103,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
+    resize_embeddings: bool = False
+    """Append rows to the input embedding and the output head where the tokenizer has more tokens than the model has
+    embeddings; each is the mean of the rows of its token's pieces under the old vocabulary."""
     attention: Attention = Attention.auto
     """Kernel of document-isolated attention: `flash` (flash-attn), `torch_varlen` (CUDA, half precision) or
     `per_document` (everywhere); `auto` takes the first that works."""
@@ -122,6 +125,9 @@ class DataConfig:
     """Share of the training records held out for evaluation when `data.validation` is not given; 0 for none."""
     split: str = "train"
     """Split to read when `data.train` is a hub id."""
+    new_tokens: str | None = None
+    """UTF-8 file with tokens to add to the tokenizer, one per line; `<|...|>` become special tokens. They take rows
+    that the model has to spare, else `model.resize_embeddings=true` is needed."""
     packages: list[str] = field(default_factory=list)
     """Installed packages whose documentation `data=pydoc` adds to the standard library's."""
     max_records: int | None = None
@@ -153,6 +159,9 @@ class TuningConfig:
     """`freeze`: regular expressions; parameters whose name one of them finds are trained."""
     last_layers: int | None = None
     """`freeze`: train the last N decoder layers, the final norm and an untied output head."""
+    new_tokens: bool = False
+    """`freeze`, `lora`: train the rows of new tokens in the embedding and the output head too, and no other rows;
+    with `freeze` they may be all that is trained. They are not decayed."""
     rank: int = 16
     """`lora`: rank of the update."""
     alpha: float = 32.0

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -24,13 +23,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dsft.errors import UserError
 from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
+from dsft.model.rows import NEW, Gather, whole
 from dsft.model.shards import Shards
 
 ADAPTER = "default"
 """The name peft gives a model's first adapter."""
-
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
-"""Makes the parameters whole inside a `with`; every rank enters it."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Largest relative deviation of logits (2-norm of the difference over 2-norm) that still is the same model.
@@ -213,7 +210,14 @@ def _whole_pieces(base: PreTrainedModel) -> Iterator[_Piece]:
         own = {name: tensor for name, tensor in own.items() if name not in ignored and id(tensor) not in seen}
         seen.update(map(id, own.values()))
         if own:
-            yield _Piece(_layer(prefix), [t for t in own.values() if isinstance(t, nn.Parameter)], own.copy)
+            parameters = [t for t in own.values() if isinstance(t, nn.Parameter)]
+            yield _Piece(_layer(prefix), parameters, partial(_with_new_rows, module, own))
+
+
+def _with_new_rows(module: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's own tensors by their names, with the rows of new tokens that are trained beside them put in."""
+    last = {name: name.rpartition(".")[2] for name in own}
+    return {name: whole(module, short) for name, short in last.items() if short not in NEW}
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -231,7 +235,8 @@ def _merged(prefix: str, module: LoraLayer) -> dict[str, torch.Tensor]:
     """
     layer = module.get_base_layer()
     # Conv1D of GPT-2 keeps its weight as (in, out).
-    weight = layer.weight.float().T if module.fan_in_fan_out else layer.weight.float()
+    weight = whole(layer, "weight").float()
+    weight = weight.T if module.fan_in_fan_out else weight
     update = module.lora_B[ADAPTER].weight.float() @ module.lora_A[ADAPTER].weight.float()
     weight = weight + module.scaling[ADAPTER] * update
     if ADAPTER in module.lora_magnitude_vector:
@@ -239,7 +244,7 @@ def _merged(prefix: str, module: LoraLayer) -> dict[str, torch.Tensor]:
         weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
     tensors = {f"{prefix}.weight": weight.T if module.fan_in_fan_out else weight}
     if layer.bias is not None:
-        tensors[f"{prefix}.bias"] = layer.bias
+        tensors[f"{prefix}.bias"] = whole(layer, "bias")
     return tensors
 
 

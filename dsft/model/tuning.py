@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dsft.config.schema import Method, TuningConfig
 from dsft.errors import UserError
+from dsft.model import rows
+from dsft.model.vocabulary import Vocabulary
 
 ALL_LINEAR = "all-linear"
 
@@ -27,25 +29,30 @@ class Counts:
     total: int
 
 
-def apply(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PreTrainedModel | PeftModel:
+def apply(
+    model: PreTrainedModel, tuning: TuningConfig, seed: int, vocabulary: Vocabulary | None = None
+) -> PreTrainedModel | PeftModel:
     """Mark what is trained (`requires_grad`); with LoRA, wrap the model.
 
     Args:
         model: Whole, or partitioned by ZeRO-3.
         tuning: What to train.
         seed: Of the adapters' first values; the same on all ranks. No global random state changes.
+        vocabulary: The new tokens, for `tuning.new_tokens`; their rows are in the model already.
 
     Raises:
         UserError: A pattern, layer count or module name does not fit this model.
     """
     match tuning.method:
         case Method.full:
-            return model
+            pass
         case Method.freeze:
-            _freeze(model, tuning.trainable, tuning.last_layers)
-            return model
+            _freeze(model, tuning)
         case Method.lora:
-            return _add_lora(model, tuning, seed)
+            model = _add_lora(model, tuning, seed)
+    if tuning.new_tokens:
+        rows.train(model, vocabulary)
+    return model
 
 
 def describe(model: nn.Module) -> Counts:
@@ -71,15 +78,16 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def _freeze(model: PreTrainedModel, patterns: list[str], last_layers: int | None) -> None:
+def _freeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """Train only what a pattern finds in a parameter's name, and the last layers."""
-    if not patterns and last_layers is None:
+    if not tuning.trainable and tuning.last_layers is None and not tuning.new_tokens:
         raise UserError(
-            "tuning=freeze: nothing would be trained. Set tuning.trainable (regular expressions) or tuning.last_layers."
+            "tuning=freeze: nothing would be trained. Set tuning.trainable (regular expressions), tuning.last_layers "
+            "or tuning.new_tokens."
         )
-    chosen = [p for pattern in patterns for p in _matching(model, pattern)]
-    if last_layers is not None:
-        chosen += _top(model, last_layers)
+    chosen = [p for pattern in tuning.trainable for p in _matching(model, pattern)]
+    if tuning.last_layers is not None:
+        chosen += _top(model, tuning.last_layers)
     model.requires_grad_(False)
     for parameter in chosen:
         parameter.requires_grad_(True)

@@ -26,7 +26,8 @@ class _Key(NamedTuple):
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters of `model` into optimizer groups.
 
-    Norms, biases, embeddings (an output head tied to them included) and DoRA magnitudes are not decayed. With
+    Norms, biases, embeddings (an output head tied to them and rows of new tokens included) and DoRA magnitudes are
+    not decayed. With
     `optim.layer_decay` d, the top layer and everything above the layers learn at `optim.lr`, each lower layer at d
     times the rate of the one above it, and the embeddings at d times that of the lowest layer (arXiv:1801.06146;
     arXiv:2003.10555). Muon takes the matrices of the layers, AdamW the rest.
@@ -81,7 +82,8 @@ def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, opt
     # ZeRO-3 leaves an empty tensor in a partitioned parameter's place and keeps its shape aside.
     dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
     embedding = isinstance(module, nn.Embedding) or "lora_embedding_" in name
-    plain = dimensions < 2 or name.endswith("bias") or "Norm" in type(module).__name__ or "lora_magnitude" in name
+    plain = dimensions < 2 or name.endswith("bias") or "Norm" in type(module).__name__
+    plain |= name.endswith("new_weight") or "lora_magnitude" in name
     layer = _layer(name, layers)
     matrix = dimensions == 2 and layer < layers and not (plain or embedding)
     # A norm or projection beside the embeddings, as BERT has them, is as far from the top as they are.

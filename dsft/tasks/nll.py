@@ -20,21 +20,28 @@ class _ChunkedNll(torch.autograd.Function):
 
     Forming it there means that no logits are kept or computed twice. The loss is a plain sum, so whatever scale
     comes later (1 / tokens, ranks, the fp16 loss scale) is one factor in `backward`.
+
+    `own`, where it is given, takes the place of the rows `at` (a slice) of `weight`.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk, training):
+    def forward(ctx, hidden, weight, bias, own, at, targets, chunk, training):
         # what needs a gradient is told even where none will be asked for
-        wants_hidden, wants_weight, wants_bias = (needed and training for needed in ctx.needs_input_grad[:3])
+        wants_hidden, wants_weight, wants_bias, wants_own = (
+            needed and training for needed in ctx.needs_input_grad[:4]
+        )
         nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # fp32, since a bf16 sum over many chunks would lose what the small ones add
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        grad_own = torch.zeros_like(own, dtype=torch.float32) if wants_own else None
         for part in torch.arange(hidden.shape[0], device="cpu").split(chunk):
             rows = slice(int(part[0]), int(part[-1]) + 1)
             logits = F.linear(hidden[rows], weight, bias).float()
+            if own is not None:
+                logits[:, at] = F.linear(hidden[rows], own, None if bias is None else bias[at])
             target = targets[rows, None]
             top = logits.argmax(-1, keepdim=True)
             # subtracting the largest logit first keeps small losses exact
@@ -42,30 +49,40 @@ class _ChunkedNll(torch.autograd.Function):
             log_sum = logits.exp().sum(-1, keepdim=True).log()
             nll += (log_sum - logits.gather(1, target)).sum(dtype=torch.float64)
             correct += (top == target).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
+            if not (wants_hidden or wants_weight or wants_bias or wants_own):
                 continue
             grad = logits.sub_(log_sum).exp_()
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             if wants_bias:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
+            if own is not None:
+                of_own = grad[:, at].clone()
+                grad[:, at] = 0
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
+            if wants_hidden and own is not None:
+                grad_hidden[rows] += of_own @ own
+            if wants_own:
+                grad_own += of_own.T @ hidden[rows]
             if wants_weight:
                 grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_own)
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias, own))
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
     @staticmethod
     def backward(ctx, grad_nll, _):
-        hidden, weight, bias = ctx.saved_tensors
         scale = grad_nll.float()
+        hidden, *rest = ctx.saved_tensors
         return (
-            None if hidden is None else (hidden * scale).to(hidden.dtype),
-            None if weight is None else weight.mul_(scale).to(ctx.dtypes[0]),
-            None if bias is None else bias.mul_(scale).to(ctx.dtypes[1]),
+            None if hidden is None else (hidden * scale).to(ctx.dtypes[0]),
+            *(
+                None if grad is None else grad.mul_(scale).to(dtype)
+                for grad, dtype in zip(rest, ctx.dtypes[1:], strict=True)
+            ),
+            None,
             None,
             None,
             None,
@@ -73,10 +90,16 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, chunk: int = 0):
-    """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`."""
+    """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`.
+
+    Where rows of new tokens are trained beside a frozen head (`model.rows`), its loss is that of these rows too.
+    """
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
-    return _ChunkedNll.apply(hidden, self.weight, self.bias, targets, chunk, torch.is_grad_enabled())
+    own, at, bias = getattr(self, "new_weight", None), getattr(self, "new_rows", None), self.bias
+    if hasattr(self, "new_bias"):
+        bias = torch.cat([bias[: at.start], self.new_bias, bias[at.stop :]])
+    return _ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, chunk, torch.is_grad_enabled())
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:

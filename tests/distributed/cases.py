@@ -19,8 +19,9 @@ from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.evaluate import Evaluator
-from dsft.model import attention, tuning
+from dsft.model import attention, rows, tuning
 from dsft.model.load import ModelSource, load_model
+from dsft.model.vocabulary import Vocabulary
 from dsft.tasks.causal_lm import CausalLM
 
 SCHEDULE = (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)
@@ -61,6 +62,7 @@ def engine(
     neftune_alpha: float = 0.0,
     checkpointing=None,
     lora: dict[str, Any] | None = None,
+    words: Vocabulary | None = None,
 ):
     """An engine around the tiny model, taken apart again afterwards."""
     optim = optim or OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=1.0)
@@ -75,9 +77,10 @@ def engine(
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     source = ModelSource(model_dir, None, "", model_dir)
-    with building(ds):
+    with building(ds) as gather:
         model = load_model(source, dtype, attention.NAME)
-        model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5)
+        rows.grow(model, words or Vocabulary(0), gather)
+        model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5, vocabulary=words)
     if checkpointing is not None:
         from dsft.model.load import activation_checkpointing
 
@@ -99,6 +102,19 @@ def weights(made: Engine) -> dict[str, torch.Tensor]:
     for name, parameter in made.module.model.named_parameters():
         with made.gathered([parameter]):
             found[name] = parameter.detach().float().cpu().clone()
+    return found
+
+
+def whole_weights(made: Engine) -> dict[str, torch.Tensor]:
+    """Whole weights by name, tied ones once, on the CPU, with the rows of new tokens in their places."""
+    found, seen = {}, set()
+    for prefix, module in made.module.model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        with made.gathered(list(own.values())):
+            for name in own.keys() - set(rows.NEW):
+                if id(own[name]) not in seen:
+                    found[f"{prefix}.{name}"] = rows.whole(module, name).detach().float().cpu().clone()
+        seen.update(map(id, own.values()))
     return found
 
 
@@ -125,10 +141,11 @@ def train(
     micro_batch_size: int,
     accumulation: int,
     examples: int,
+    vocabulary: int = 400,
     **options,
 ) -> dict[str, Any]:
     """Take `steps` optimizer steps; returns loss and gradient norm of each, and the weights at the end."""
-    data = Examples(tiny.examples(examples))
+    data = Examples(tiny.examples(examples, vocabulary=vocabulary))
     losses, norms, applied = [], [], []
     with engine(world, model_dir, micro_batch_size=micro_batch_size, accumulation=accumulation, **options) as made:
         source = iter(loader(world, data, packing, micro_batch_size, accumulation))
@@ -140,7 +157,7 @@ def train(
             losses.append(sums[0] / sums[1])
             norms.append(made.grad_norm)
             applied.append(done)
-        return {"loss": losses, "grad_norm": norms, "applied": applied, "weights": weights(made)}
+        return {"loss": losses, "grad_norm": norms, "applied": applied, "weights": whole_weights(made)}
 
 
 def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: int, **options) -> dict[str, float]:
@@ -153,12 +170,14 @@ def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: i
         return evaluator.metrics(made, NullTracker().bar)
 
 
-def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int = 3, **options) -> dict[str, Any]:
+def save(
+    world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int = 3, vocabulary: int = 400, **options
+) -> dict[str, Any]:
     """Straight: 2 x `steps`. Then save in the middle, a fresh engine, and on to the same place."""
     from dsft import checkpoint
     from dsft.runtime.seeds import seed_everything
 
-    data = Examples(tiny.examples(examples))
+    data = Examples(tiny.examples(examples, vocabulary=vocabulary))
     micro, accumulation = 2, 3
 
     def go(made, source, first):
@@ -175,7 +194,7 @@ def save(world, *, model_dir: str, run_dir: str, examples: int = 40, steps: int 
         source = iter(cursor)
         go(made, source, 0)
         state = {"loader": cursor.state_dict()}
-        path = checkpoint.save(Path(run_dir), steps, made, world, state, options.get("method") != "lora")
+        path = checkpoint.save(Path(run_dir), steps, made, world, state, options.get("method", "full") == "full")
         saved = weights(made)
         straight = go(made, source, steps), weights(made)
     seed_everything(2)

@@ -1,0 +1,226 @@
+"""New tokens of a tokenizer: read from a file, added, and taken apart into the pieces that the old vocabulary has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from dsft.errors import UserError
+
+MARKER = re.compile(r"<[|｜].+[|｜]>")
+"""A control marker such as `<|im_end|>`: a special token, which decoding can leave out. Any other is an ordinary one."""
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+BLOCK = 1 << 24
+"""Ids that are looked at at once."""
+
+LISTED = 8
+"""Tokens that a message names; all are counted."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's new tokens: those that the model was not trained with.
+
+    Attributes:
+        first: Id of the first of them; all later ids are new too.
+        pieces: For each id from `first` on, the ids (all below `first`) of the token's text under the old vocabulary;
+            empty where the tokenizer skips an id.
+        texts: For each of these ids, the token's text; None where the tokenizer skips an id.
+        added: Those of the texts that were added to the tokenizer, in the order of their ids.
+        known: Texts that were asked for and are one token of the old vocabulary already.
+        repeated: Texts that were asked for more than once.
+    """
+
+    first: int
+    pieces: tuple[tuple[int, ...], ...] = ()
+    texts: tuple[str | None, ...] = ()
+    added: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Rows that an embedding must have: the largest id and one."""
+        return self.first + len(self.pieces)
+
+    @property
+    def identity(self) -> str:
+        """What was added, briefly; differs where any token or their order does."""
+        digest = hashlib.sha256("\n".join(self.added).encode("utf-8")).hexdigest()[:8]
+        return f"{len(self.added)} tokens ({digest})" if self.added else "none"
+
+    def notes(self, ids: np.ndarray, trained: bool) -> Iterator[str]:
+        """What became of the tokens that were asked for, and of all new ones in the data, a line each.
+
+        Args:
+            ids: All token ids of the training data, in memory or mapped.
+            trained: Whether the rows of new tokens are trained.
+        """
+        if self.added:
+            yield f"data.new_tokens: {len(self.added)} added to the tokenizer: {_list(self.added)}"
+        if self.known:
+            yield f"data.new_tokens: {len(self.known)} left out, being tokens already: {_list(self.known)}"
+        if self.repeated:
+            yield f"data.new_tokens: {len(self.repeated)} given more than once: {_list(self.repeated)}"
+        if self.pieces and not trained:
+            yield (
+                f"{len(self.pieces)} new tokens keep the mean of their pieces: their rows are not trained "
+                "(tuning.new_tokens=false)"
+            )
+        unseen = self._unseen(ids)
+        if unseen:
+            yield f"{len(unseen)} of {len(self.pieces)} new tokens occur nowhere in the data: {_list(unseen)}"
+
+    def _unseen(self, ids: np.ndarray) -> list[str]:
+        seen = np.zeros(self.size, dtype=bool)
+        for start in range(0, len(ids) if self.pieces else 0, BLOCK):
+            seen[ids[start : start + BLOCK]] = True
+        return [text for place, text in enumerate(self.texts, self.first) if text is not None and not seen[place]]
+
+
+def read(file: str) -> list[str]:
+    """The tokens of a UTF-8 text file, one a line, in order, repeated ones included.
+
+    A byte-order mark and blank lines are left out.
+
+    Raises:
+        UserError: The file cannot be read, holds no token, or a line is none: spaces at its ends, control characters.
+    """
+    where = f"data.new_tokens={file}"
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}. Give a text file with a token per line.") from error
+    if text.startswith(LFS_POINTER):
+        raise UserError(f"{where}: this is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in lines:
+        if line != line.strip():
+            raise UserError(
+                f"{where}: line {number}: {line!r} begins or ends with a space, which would be part of the token. "
+                "Remove it."
+            )
+        if any(unicodedata.category(character) == "Cc" for character in line):
+            raise UserError(
+                f"{where}: line {number}: {line!r} holds a tab or another control character. Give one token per line "
+                "and nothing else."
+            )
+    if not lines:
+        raise UserError(f"{where}: it holds no token. Give one per line, or leave data.new_tokens out.")
+    return [line for _, line in lines]
+
+
+def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int) -> Vocabulary:
+    """Add tokens to a tokenizer, and tell what is new in it for a model with `rows` embeddings.
+
+    An added token is matched in text as it is written, before the tokenizer normalises anything, inside words too.
+    Tokens that the tokenizer brought itself, but that have no row in the model, are new as well.
+
+    Args:
+        tokenizer: Changed in place.
+        tokens: Texts to add; repeated ones, and those that are a token already, are left out and reported.
+        rows: Rows of the model's embedding; may be more than the tokenizer's ids.
+
+    Raises:
+        UserError: The tokenizer's own vocabulary is larger than `rows`, all tokens are there already, or one cannot
+            be added; it is named.
+    """
+    before = 1 + max(tokenizer.get_vocab().values())
+    first = min(before, rows)
+    if not tokens and before <= rows:
+        return Vocabulary(first)
+    old = _without_new(tokenizer, first)
+    there = {text: _is_known(text, tokenizer.backend_tokenizer) for text in dict.fromkeys(tokens)}
+    known, added = ([text for text, is_known in there.items() if is_known is wanted] for wanted in (True, False))
+    if tokens and not added:
+        raise UserError(
+            f"data.new_tokens: all {len(known)} are tokens of the vocabulary already: {_list(known)}. "
+            "Leave data.new_tokens out."
+        )
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=bool(MARKER.fullmatch(t))) for t in added])
+    _check_whole(tokenizer, added)
+    named = {place: token.content for place, token in tokenizer.added_tokens_decoder.items() if place >= first}
+    texts = tuple(named.get(place) for place in range(first, 1 + max(named)))
+    return Vocabulary(
+        first,
+        pieces=tuple(_pieces(text, old) for text in texts),
+        texts=texts,
+        added=tuple(added),
+        known=tuple(known),
+        repeated=tuple(text for text, times in Counter(tokens).items() if times > 1),
+    )
+
+
+def _without_new(tokenizer: PreTrainedTokenizerFast, first: int) -> Tokenizer:
+    """The tokenizer as it was before it had any id from `first` on."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # left over from whoever called the tokenizer last
+    state["truncation"] = state["padding"] = None
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < first]
+    old = Tokenizer.from_str(json.dumps(state))
+    largest = max(old.get_vocab().values())
+    if largest >= first:
+        raise UserError(
+            f"the tokenizer in model.path has a vocabulary of {largest + 1} without its added tokens, but the model "
+            f"there has {first} embeddings: the two do not belong together. Give a model.path whose tokenizer is the "
+            "model's own."
+        )
+    return old
+
+
+def _is_known(text: str, backend: Tokenizer) -> bool:
+    """Whether the text is one token already.
+
+    Raises:
+        UserError: The vocabulary holds an entry of this name that stands for another text, as byte-level ones do.
+    """
+    named = backend.token_to_id(text)
+    ids = backend.encode(text, add_special_tokens=False).ids
+    for place in {named, *(ids if len(ids) == 1 else [])} - {None}:
+        if backend.decode([place], skip_special_tokens=False) == text:
+            return True
+    if named is not None:
+        raise UserError(
+            f"data.new_tokens: {text!r} cannot be added: the vocabulary uses this name for another piece of text. "
+            "Leave it out."
+        )
+    return False
+
+
+def _pieces(text: str | None, old: Tokenizer) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    ids = old.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise UserError(f"{text!r} is a new token, but nothing at all under the old vocabulary. Leave it out.")
+    return tuple(ids)
+
+
+def _check_whole(tokenizer: PreTrainedTokenizerFast, added: Sequence[str]) -> None:
+    """Make sure that each added text becomes its own token and no other."""
+    for text in added:
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if ids != [tokenizer.convert_tokens_to_ids(text)]:
+            raise UserError(
+                f"data.new_tokens: {text!r} was added, but the tokenizer still reads it as "
+                f"{tokenizer.convert_ids_to_tokens(ids)}. Leave it out."
+            )
+
+
+def _list(texts: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, texts[:LISTED]))
+    return shown + (f" and {len(texts) - LISTED} more" if len(texts) > LISTED else "")
