@@ -112,9 +112,9 @@ def check_model(
         )
     if tokens > embeddings and not resize:
         raise UserError(
-            f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Give the "
-            f"{tokens - embeddings} without one the mean of their pieces with model.resize_embeddings=true, or take "
-            "them out of the tokenizer."
+            f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Set "
+            f"model.resize_embeddings=true to give the {tokens - embeddings} without one the mean of their pieces; or, "
+            "where the two do not belong together, give a model.path that holds the model's own tokenizer."
         )
     if resize and tokens <= embeddings:
         raise UserError(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -136,14 +137,12 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
         rows: Rows of the model's embedding; may be more than the tokenizer's ids.
 
     Raises:
-        UserError: The tokenizer's own vocabulary is larger than `rows`, all tokens are there already, or one cannot
-            be added; it is named.
+        UserError: All tokens are there already, or one cannot be added or taken apart; it is named.
     """
     before = 1 + max(tokenizer.get_vocab().values())
     first = min(before, rows)
     if not tokens and before <= rows:
         return Vocabulary(first)
-    old = _without_new(tokenizer, first)
     there = {text: _is_known(text, tokenizer.backend_tokenizer) for text in dict.fromkeys(tokens)}
     known, added = ([text for text, is_known in there.items() if is_known is wanted] for wanted in (True, False))
     if tokens and not added:
@@ -153,11 +152,11 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
         )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=bool(MARKER.fullmatch(t))) for t in added])
     _check_whole(tokenizer, added)
-    named = {place: token.content for place, token in tokenizer.added_tokens_decoder.items() if place >= first}
-    texts = tuple(named.get(place) for place in range(first, 1 + max(named)))
+    new = {place: text for text, place in tokenizer.get_vocab().items() if place >= first}
+    texts = tuple(new.get(place) for place in range(first, 1 + max(new)))
     return Vocabulary(
         first,
-        pieces=tuple(_pieces(text, old) for text in texts),
+        pieces=_pieces(texts, tokenizer, first),
         texts=texts,
         added=tuple(added),
         known=tuple(known),
@@ -165,21 +164,38 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
     )
 
 
-def _without_new(tokenizer: PreTrainedTokenizerFast, first: int) -> Tokenizer:
-    """The tokenizer as it was before it had any id from `first` on."""
+def _pieces(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerFast, first: int) -> tuple[tuple[int, ...], ...]:
+    """Ids of each text under the vocabulary of ids below `first`; none where there is no text.
+
+    An added token is text like any other. An entry of the tokenizer's model (as BPE) is written in that model's own
+    letters, which may stand for bytes: so it is taken apart by the model alone.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # left over from whoever called the tokenizer last
-    state["truncation"] = state["padding"] = None
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < first]
-    old = Tokenizer.from_str(json.dumps(state))
-    largest = max(old.get_vocab().values())
-    if largest >= first:
-        raise UserError(
-            f"the tokenizer in model.path has a vocabulary of {largest + 1} without its added tokens, but the model "
-            f"there has {first} embeddings: the two do not belong together. Give a model.path whose tokenizer is the "
-            "model's own."
-        )
-    return old
+    _cut(state["model"], first)
+    # truncation and padding are left over from whoever called the tokenizer last
+    old = Tokenizer.from_str(json.dumps(state | {"truncation": None, "padding": None}))
+    outside = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    model = Tokenizer.from_str(json.dumps(state | outside | {"added_tokens": []}))
+    is_added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    found = []
+    for text in texts:
+        pieces = (old if text in is_added else model).encode(text or "", add_special_tokens=False).ids
+        if text is not None and not pieces:
+            raise UserError(f"{text!r} is a new token, but nothing at all under the old vocabulary. Take it out.")
+        found.append(tuple(pieces))
+    return tuple(found)
+
+
+def _cut(model: dict[str, Any], first: int) -> None:
+    """Leave the ids below `first` in a tokenizer's model (BPE, Unigram, WordPiece or WordLevel)."""
+    if isinstance(model["vocab"], list):
+        model["vocab"] = model["vocab"][:first]
+        return
+    model["vocab"] = {text: place for text, place in model["vocab"].items() if place < first}
+    if "merges" in model:
+        pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= model["vocab"].keys()]
 
 
 def _is_known(text: str, backend: Tokenizer) -> bool:
@@ -199,15 +215,6 @@ def _is_known(text: str, backend: Tokenizer) -> bool:
             "Leave it out."
         )
     return False
-
-
-def _pieces(text: str | None, old: Tokenizer) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    ids = old.encode(text, add_special_tokens=False).ids
-    if not ids:
-        raise UserError(f"{text!r} is a new token, but nothing at all under the old vocabulary. Leave it out.")
-    return tuple(ids)
 
 
 def _check_whole(tokenizer: PreTrainedTokenizerFast, added: Sequence[str]) -> None:

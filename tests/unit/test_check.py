@@ -263,11 +263,39 @@ def test_the_nearest_sizes_offered_are_accepted():
     assert resolve_batch(BatchConfig(3, None, 18), 2).gradient_accumulation_steps == 3
 
 
+MODEL = {
+    "max_length": 8192,
+    "max_position_embeddings": 8192,
+    "embeddings": 100,
+    "tokens": 100,
+    "new_tokens": 0,
+    "resize": False,
+    "train_new_tokens": False,
+}
+"""What `check_model` takes, with nothing wrong."""
+
+
 def test_rows_fit_the_models_positions():
-    model = {"max_position_embeddings": 8192, "vocabulary_size": 100, "largest_token_id": 99}
-    check_model(max_length=8192, **model)
-    check_model(max_length=10**6, **{**model, "max_position_embeddings": None})
+    check_model(**MODEL)
+    check_model(**MODEL | {"max_length": 10**6, "max_position_embeddings": None})
     with pytest.raises(UserError, match=r"data\.max_length=8193.*8192 positions.*model\.path"):
-        check_model(max_length=8193, **model)
-    with pytest.raises(UserError, match=r"ids up to 100.*0 to 99"):
-        check_model(max_length=1, **{**model, "largest_token_id": 100})
+        check_model(**MODEL | {"max_length": 8193})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 101}, r"101 tokens, but .*model\.path has 100 embeddings.*model\.resize_embeddings=true.* the 1 "),
+        ({"resize": True}, r"model\.resize_embeddings=true does nothing: each of the 100 tokens has one"),
+        ({"new_tokens": 5, "resize": True}, r"model\.resize_embeddings=true does nothing"),
+        ({"train_new_tokens": True}, r"tuning\.new_tokens=true does nothing: .*data\.new_tokens=FILE"),
+    ],
+)
+def test_every_token_has_an_embedding_and_every_setting_for_new_tokens_an_effect(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_model(**MODEL | changes)
+
+
+def test_new_tokens_take_rows_to_spare_or_appended_ones():
+    check_model(**MODEL | {"tokens": 98, "new_tokens": 3, "train_new_tokens": True})
+    check_model(**MODEL | {"tokens": 103, "new_tokens": 3, "train_new_tokens": True, "resize": True})

@@ -161,9 +161,22 @@ def test_rows_to_spare_leave_a_tokenizer_alone():
     assert made == vocabulary.Vocabulary(len(tokenizer)) and list(made.notes(np.array([1]), trained=False)) == []
 
 
-def test_another_models_tokenizer_is_refused():
-    with pytest.raises(UserError, match="vocabulary of 370 .*300 embeddings: the two do not belong together"):
-        vocabulary.extend(tiny.tokenizer(), [], rows=300)
+def test_a_vocabulary_that_has_outgrown_its_model_is_taken_apart_by_its_own_merges():
+    """As of a tokenizer that was trained on: entries beyond the model's rows become pieces of the earlier ones."""
+    tokenizer, rows = tiny.tokenizer(), 300
+    made = vocabulary.extend(tokenizer, ["狐狸"], rows)
+    assert (made.first, made.size) == (300, 371) and made.added == ("狐狸",)
+    names = tokenizer.convert_ids_to_tokens(list(range(300)))
+    for text, pieces in zip(made.texts[:-1], made.pieces[:-1], strict=True):
+        assert len(pieces) > 1 and "".join(names[piece] for piece in pieces) == text
+    assert all(piece < 300 for pieces in made.pieces for piece in pieces)
+
+
+def test_a_unigram_vocabulary_is_taken_apart_too():
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("月", -1.0), ("亮", -1.0), ("月亮", -1.0)], 0, False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    made = vocabulary.extend(tokenizer, [], rows=3)
+    assert made.texts == ("月亮",) and made.pieces == ((1, 2),)
 
 
 def test_the_identity_is_that_of_the_tokens_and_their_order():
