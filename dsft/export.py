@@ -54,7 +54,7 @@ def export(
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
     dtype = _dtype(run_dir)
     model = models.load_model(source, dtype, "eager")
-    new_tokens = checkpoint.read_state(path).get("new_tokens", [])
+    new_tokens = checkpoint.read_state(path)["new_tokens"]
     words = vocabulary.extend(tokenizer, new_tokens, model.config.get_text_config().vocab_size)
     if words.pieces and not merge:
         raise UserError(

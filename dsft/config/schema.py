@@ -126,8 +126,8 @@ class DataConfig:
     split: str = "train"
     """Split to read when `data.train` is a hub id."""
     new_tokens: str | None = None
-    """UTF-8 file with tokens to add to the tokenizer, one per line; `<|...|>` become special tokens. They take rows
-    that the model has to spare, else `model.resize_embeddings=true` is needed."""
+    """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
+    become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""
     packages: list[str] = field(default_factory=list)
     """Installed packages whose documentation `data=pydoc` adds to the standard library's."""
     max_records: int | None = None

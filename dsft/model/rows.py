@@ -114,15 +114,13 @@ def _grown(old: torch.Tensor, vocabulary: Vocabulary, size: int) -> torch.Tensor
 def _owners(model: nn.Module) -> Iterator[nn.Module]:
     """The embedding and the head, without the adapters around them."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if isinstance(module, BaseTunerLayer):
-            if any(getattr(module, "use_dora", {}).values()):
-                raise UserError(
-                    "tuning.new_tokens=true with tuning.use_dora=true: tuning.target_modules names the output head, "
-                    "whose rows DoRA rescales as a whole. Leave the head out of tuning.target_modules."
-                )
-            module = module.get_base_layer()
+        if any(getattr(module, "use_dora", {}).values()):
+            raise UserError(
+                "tuning.new_tokens=true with tuning.use_dora=true: tuning.target_modules names the output head, "
+                "whose rows DoRA rescales as a whole. Leave the head out of tuning.target_modules."
+            )
         if module is not None:
-            yield module
+            yield module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _refuse_other_tables(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dsft.errors import UserError
 
 MARKER = re.compile(r"<[|｜].+[|｜]>")
-"""A control marker such as `<|im_end|>`: a special token, which decoding can leave out. Any other is an ordinary one."""
+"""A control marker such as `<|im_end|>`: a special token, which decoding can leave out. All others are text."""
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
@@ -105,7 +105,9 @@ def read(file: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}. Give a text file with a token per line.") from error
+        raise UserError(
+            f"{where}: cannot be read: {error.strerror}. Give a text file with a token per line."
+        ) from error
     if text.startswith(LFS_POINTER):
         raise UserError(f"{where}: this is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

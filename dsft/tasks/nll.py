@@ -27,9 +27,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, own, at, targets, chunk, training):
         # what needs a gradient is told even where none will be asked for
-        wants_hidden, wants_weight, wants_bias, wants_own = (
-            needed and training for needed in ctx.needs_input_grad[:4]
-        )
+        wants_hidden, wants_weight, wants_bias, wants_own = (needed and training for needed in ctx.needs_input_grad[:4])
         nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None

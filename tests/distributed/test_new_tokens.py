@@ -186,8 +186,13 @@ def test_saved_resumed_and_exported(pools, models, tmp_path, stage, tied, method
         head = "lm_head" in name
         matrix = (again.get_output_embeddings() if head else again.get_input_embeddings()).weight.detach().float()
         assert torch.equal(matrix[words.first : words.size], tensor)
-        assert torch.equal(matrix[: words.first], resized(model_dir, words).to(dtype).state_dict()[
-            "lm_head.weight" if head else "model.embed_tokens.weight"][: words.first].float())
+        assert torch.equal(
+            matrix[: words.first],
+            resized(model_dir, words)
+            .to(dtype)
+            .state_dict()["lm_head.weight" if head else "model.embed_tokens.weight"][: words.first]
+            .float(),
+        )
     ids = torch.tensor([[5, 400, 401, 7, 402]])
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits

@@ -301,7 +301,12 @@ def run_dir(tmp_path, monkeypatch) -> Path:
     masters = {name: p.float() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
     (tmp_path / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
     (tmp_path / "ds_config.json").write_text(json.dumps({"bf16": {"enabled": True}, "fp16": {"enabled": False}}))
-    found = SimpleNamespace(find=lambda run, which: run / which, damage=lambda path: None, weights=lambda path: masters)
+    found = SimpleNamespace(
+        find=lambda run, which: run / which,
+        damage=lambda path: None,
+        read_state=lambda path: {"new_tokens": []},
+        weights=lambda path: masters,
+    )
     monkeypatch.setattr(command, "checkpoint", found)
     return tmp_path
 
@@ -318,6 +323,14 @@ def test_a_checkpoint_becomes_a_merged_model_or_adapters(run_dir):
     assert len(stored) == len(masters)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B"
     assert torch.equal(stored[f"{name}.weight"], masters[f"{name}.default.weight"].bfloat16())
+
+
+def test_adapters_alone_cannot_hold_new_tokens(run_dir, monkeypatch):
+    """Their rows are no adapter: the base model lacks them, trained or not."""
+    monkeypatch.setattr(command.checkpoint, "read_state", lambda path: {"new_tokens": ["狐狸"]})
+    with pytest.raises(UserError, match=r"merge=false .* 1 new tokens, whose rows the base model .* lacks"):
+        command.export(run_dir, merge=False)
+    assert not (run_dir / "model").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(run_dir, monkeypatch):

@@ -46,7 +46,7 @@ def step(model, tokens: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= parameter.grad
+                parameter.sub_(parameter.grad)
 
 
 @pytest.mark.parametrize("words", [GROWN, SPARE], ids=["grown", "spare"])
@@ -94,7 +94,11 @@ def test_no_new_tokens_change_nothing():
 def test_a_model_with_further_tables_is_refused():
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"head_dim": 8, "num_key_value_heads": 1, "hidden_size_per_layer_input": 4, "laurel_rank": 2}
-    layers = {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 2}
+    layers = {
+        "layer_types": ["full_attention"] * 2,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * 2,
+    }
     model = Gemma3nForCausalLM(
         Gemma3nTextConfig(vocab_size=32, vocab_size_per_layer_input=32, pad_token_id=0, **shape, **layers)
     )
