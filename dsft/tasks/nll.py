@@ -55,12 +55,11 @@ class _ChunkedNll(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if own is not None:
-                of_own = grad[:, at].clone()
-                grad[:, at] = 0
+                of_own, grad[:, at] = grad[:, at].clone(), 0
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
-            if wants_hidden and own is not None:
-                grad_hidden[rows] += of_own @ own
+                if own is not None:
+                    grad_hidden[rows] += of_own @ own
             if wants_own:
                 grad_own += of_own.T @ hidden[rows]
             if wants_weight:
