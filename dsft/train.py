@@ -125,6 +125,7 @@ def _run(config: Config, place: Place) -> int:
     # decided by rank 0 alone: hosts may stand in different working directories
     run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
     for what, value in {
+        "data.new_tokens": words.identity,
         "the training data": train_set.key,
         "the validation data": validation.key if validation else "none",
         "the model": source.fingerprint,
@@ -147,11 +148,11 @@ def _run(config: Config, place: Place) -> int:
     environment = _environment(world)
     if world.is_main:
         write_json(run_dir / "environment.json", environment)
+        audit["new_tokens"] = words.audit(train_set.arrays["ids"])
         _describe_run(config, ds, run_dir, tracker, audit)
         audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
         tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
-        trained = config.tuning.method is Method.full or config.tuning.new_tokens
-        for line in words.notes(train_set.arrays["ids"], trained):
+        for line in words.notes(audit["new_tokens"], config.tuning.method is Method.full or config.tuning.new_tokens):
             tracker.note(line)
     the_loop = loop.Loop(
         engine=engine,

@@ -62,33 +62,39 @@ class Vocabulary:
         digest = hashlib.sha256("\n".join(self.added).encode("utf-8")).hexdigest()[:8]
         return f"{len(self.added)} tokens ({digest})" if self.added else "none"
 
-    def notes(self, ids: np.ndarray, trained: bool) -> Iterator[str]:
-        """What became of the tokens that were asked for, and of all new ones in the data, a line each.
+    def audit(self, ids: np.ndarray) -> dict[str, list[str]]:
+        """What became of the tokens that were asked for, and which new ones are in none of `ids`, for `audit.json`.
 
         Args:
             ids: All token ids of the training data, in memory or mapped.
-            trained: Whether the rows of new tokens are trained.
         """
-        if self.added:
-            yield f"data.new_tokens: {len(self.added)} added to the tokenizer: {_list(self.added)}"
-        if self.known:
-            yield f"data.new_tokens: {len(self.known)} left out, being tokens already: {_list(self.known)}"
-        if self.repeated:
-            yield f"data.new_tokens: {len(self.repeated)} given more than once: {_list(self.repeated)}"
-        if self.pieces and not trained:
-            yield (
-                f"{len(self.pieces)} new tokens keep the mean of their pieces: their rows are not trained "
-                "(tuning.new_tokens=false)"
-            )
-        unseen = self._unseen(ids)
-        if unseen:
-            yield f"{len(unseen)} of {len(self.pieces)} new tokens occur nowhere in the data: {_list(unseen)}"
-
-    def _unseen(self, ids: np.ndarray) -> list[str]:
         seen = np.zeros(self.size, dtype=bool)
         for start in range(0, len(ids) if self.pieces else 0, BLOCK):
             seen[ids[start : start + BLOCK]] = True
-        return [text for place, text in enumerate(self.texts, self.first) if text is not None and not seen[place]]
+        unseen = [text for place, text in enumerate(self.texts, self.first) if text is not None and not seen[place]]
+        return {"added": [*self.added], "known": [*self.known], "repeated": [*self.repeated], "unseen": unseen}
+
+    def notes(self, audit: dict[str, list[str]], trained: bool) -> Iterator[str]:
+        """The audit in words, a line each.
+
+        Args:
+            audit: What `audit` returned.
+            trained: Whether the rows of new tokens are trained.
+        """
+        said = {
+            "added": "added to the tokenizer",
+            "known": "left out, being tokens already",
+            "repeated": "given more than once",
+            "unseen": f"of {len(self.pieces)} new tokens occur nowhere in the data",
+        }
+        yield from (
+            f"new tokens: {len(audit[key])} {words}: {_list(audit[key])}" for key, words in said.items() if audit[key]
+        )
+        if self.pieces and not trained:
+            yield (
+                f"new tokens: all {len(self.pieces)} keep the mean of their pieces, since tuning.new_tokens=false does "
+                "not train their rows"
+            )
 
 
 def read(file: str) -> list[str]:

@@ -100,8 +100,9 @@ def test_known_and_repeated_tokens_are_left_out_and_told():
     made = vocabulary.extend(tokenizer, ["a", "狐狸", "月", "<|im_end|>", "狐狸", "a"], rows=260)
     assert made.added == ("狐狸",) and made.known == ("a", "月", "<|im_end|>")
     assert made.repeated == ("a", "狐狸") and len(tokenizer) == 261
-    notes = list(made.notes(np.array([3, made.first]), trained=True))
-    assert [note.partition(": ")[2] for note in notes] == [
+    audit = made.audit(np.array([3, made.first]))
+    assert audit == {"added": ["狐狸"], "known": ["a", "月", "<|im_end|>"], "repeated": ["a", "狐狸"], "unseen": []}
+    assert [note.partition(": ")[2] for note in made.notes(audit, trained=True)] == [
         "1 added to the tokenizer: '狐狸'",
         "3 left out, being tokens already: 'a', '月', '<|im_end|>'",
         "2 given more than once: 'a', '狐狸'",
@@ -110,9 +111,9 @@ def test_known_and_repeated_tokens_are_left_out_and_told():
 
 def test_tokens_that_stay_untrained_or_unseen_are_told():
     made = vocabulary.extend(tiny.tokenizer(), ["狐狸", "鸟儿"], rows=400)
-    told = list(made.notes(np.array([3, made.first + 1]), trained=False))[1:]
-    assert told[0].startswith("2 new tokens keep the mean of their pieces")
-    assert told[1] == "1 of 2 new tokens occur nowhere in the data: '狐狸'"
+    unseen, untrained = list(made.notes(made.audit(np.array([3, made.first + 1])), trained=False))[1:]
+    assert unseen == "new tokens: 1 of 2 new tokens occur nowhere in the data: '狐狸'"
+    assert untrained.startswith("new tokens: all 2 keep the mean of their pieces, since tuning.new_tokens=false")
 
 
 def test_a_file_of_known_tokens_alone_is_refused():
@@ -158,7 +159,8 @@ def test_tokens_that_came_with_the_tokenizer_but_without_a_row_are_new():
 def test_rows_to_spare_leave_a_tokenizer_alone():
     tokenizer = tiny.tokenizer()
     made = vocabulary.extend(tokenizer, [], rows=400)
-    assert made == vocabulary.Vocabulary(len(tokenizer)) and list(made.notes(np.array([1]), trained=False)) == []
+    assert made == vocabulary.Vocabulary(len(tokenizer))
+    assert list(made.notes(made.audit(np.array([1])), trained=False)) == []
 
 
 def test_a_vocabulary_that_has_outgrown_its_model_is_taken_apart_by_its_own_merges():
