@@ -98,7 +98,8 @@ def _run(config: Config, place: Place) -> int:
     # reading and tokenising may take hours: done before there is a process group that could time out
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
-    words = _prepare_vocabulary(config, source, tokenizer, new_tokens)
+    words, idle = _prepare_vocabulary(config, source, tokenizer, new_tokens)
+    _warn(place, idle)
     train_set, validation, audit = dataset.prepare(
         config.data, tokenizer, models.tokenizer_fingerprint(tokenizer), config.train.seed
     )
@@ -201,8 +202,12 @@ def _warn(place: Place, warnings: list[str]) -> None:
 
 def _prepare_vocabulary(
     config: Config, source: models.ModelSource, tokenizer, new_tokens: list[str]
-) -> vocabulary.Vocabulary:
-    """Add the new tokens, and refuse settings that the chosen model cannot bear, before it is loaded."""
+) -> tuple[vocabulary.Vocabulary, list[str]]:
+    """Add the new tokens, and refuse settings that the chosen model cannot bear, before it is loaded.
+
+    Returns:
+        What is new in the tokenizer, and warnings of settings that have no effect with it.
+    """
     text_config = models.load_config(source).get_text_config()
     words = vocabulary.extend(tokenizer, new_tokens, text_config.vocab_size)
     check.check_model(
@@ -210,11 +215,16 @@ def _prepare_vocabulary(
         max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
         embeddings=text_config.vocab_size,
         tokens=words.size,
-        new_tokens=len(words.pieces),
         resize=config.model.resize_embeddings,
-        train_new_tokens=config.tuning.new_tokens,
     )
-    return words
+    idle = effect.by_tokens(
+        config,
+        tokens=words.size,
+        embeddings=text_config.vocab_size,
+        new=len(words.pieces),
+        added=len(words.added),
+    )
+    return words, effect.enforce(config, idle, cli.given())
 
 
 def _engine(

@@ -86,9 +86,7 @@ def check_model(
     max_position_embeddings: int | None,
     embeddings: int,
     tokens: int,
-    new_tokens: int,
     resize: bool,
-    train_new_tokens: bool,
 ) -> None:
     """What can be told only once the model's own config and its tokenizer are known.
 
@@ -97,13 +95,10 @@ def check_model(
         max_position_embeddings: Positions that the model was built for; None where it has no such limit.
         embeddings: Rows of the input embedding.
         tokens: The largest id that the tokenizer can give, and one.
-        new_tokens: How many of them the model was not trained with.
         resize: `model.resize_embeddings`.
-        train_new_tokens: `tuning.new_tokens`.
 
     Raises:
-        UserError: If a row could be longer than the model's positions, a token have no embedding, or a setting for
-            new tokens have no effect.
+        UserError: If a row could be longer than the model's positions, or a token have no embedding.
     """
     if max_position_embeddings is not None and max_length > max_position_embeddings:
         raise UserError(
@@ -115,16 +110,6 @@ def check_model(
             f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Set "
             f"model.resize_embeddings=true to give the {tokens - embeddings} without one the mean of their pieces; or, "
             "where the two do not belong together, give a model.path that holds the model's own tokenizer."
-        )
-    if resize and tokens <= embeddings:
-        raise UserError(
-            f"model.resize_embeddings=true does nothing: each of the {tokens} tokens has one of the model's "
-            f"{embeddings} embeddings. Leave it out."
-        )
-    if train_new_tokens and not new_tokens:
-        raise UserError(
-            "tuning.new_tokens=true does nothing: there are no new tokens. Name some with data.new_tokens=FILE, or "
-            "leave it out."
         )
 
 

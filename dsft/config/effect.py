@@ -18,6 +18,7 @@ from dsft.errors import UserError
 
 _ACTS_WITH = (
     ("tuning.trainable tuning.last_layers", "tuning.method", {Method.freeze}, "tuning=freeze"),
+    ("tuning.new_tokens", "tuning.method", {Method.freeze, Method.lora}, "tuning=freeze|lora"),
     (
         "tuning.rank tuning.alpha tuning.dropout tuning.target_modules tuning.use_rslora tuning.use_dora",
         "tuning.method",
@@ -191,6 +192,36 @@ def by_place(config: Config, *, model_on_hub: bool, data_on_hub: bool) -> Iterat
             "data.split",
             f"{shown(config, 'data.split')} does nothing with {' and '.join(specs)}, which is no hub id: give the "
             "split's own file as data.train, or leave data.split out.",
+        )
+
+
+def by_tokens(config: Config, *, tokens: int, embeddings: int, new: int, added: int) -> Iterator[Idle]:
+    """What does nothing with this tokenizer.
+
+    Args:
+        config: The whole run.
+        tokens: The largest id that the tokenizer can give, and one.
+        embeddings: Rows of the model's input embedding.
+        new: How many of its tokens the model was not trained with.
+        added: How many of these `data.new_tokens` has added.
+    """
+    if not added:
+        yield Idle(
+            "data.new_tokens",
+            f"{shown(config, 'data.new_tokens')} does nothing: all that it names are tokens of the model's vocabulary "
+            "already. Leave it out.",
+        )
+    if tokens <= embeddings:
+        yield Idle(
+            "model.resize_embeddings",
+            f"{shown(config, 'model.resize_embeddings')} does nothing: each of the {tokens} tokens has one of the "
+            f"model's {embeddings} embeddings. Leave it out.",
+        )
+    if not new:
+        yield Idle(
+            "tuning.new_tokens",
+            f"{shown(config, 'tuning.new_tokens')} does nothing: there are no new tokens. Name some with "
+            "data.new_tokens=FILE, or leave it out.",
         )
 
 

@@ -66,11 +66,13 @@ def train(model: nn.Module, vocabulary: Vocabulary) -> None:
 
     Args:
         model: After `grow`, its trained parameters chosen; wrapped by peft or not.
-        vocabulary: The new tokens.
+        vocabulary: The new tokens; without any, nothing changes.
 
     Raises:
         UserError: Both are trained as a whole, or are layers whose rows cannot be told apart.
     """
+    if not vocabulary.pieces:
+        return
     made: dict[int, nn.Parameter] = {}
     for module in _owners(model):
         if module.weight.requires_grad:

@@ -145,7 +145,7 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
         rows: Rows of the model's embedding; may be more than the tokenizer's ids.
 
     Raises:
-        UserError: All tokens are there already, or one cannot be added or taken apart; it is named.
+        UserError: A token cannot be added, or taken apart; it is named.
     """
     before = 1 + max(tokenizer.get_vocab().values())
     first = min(before, rows)
@@ -153,15 +153,10 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
         return Vocabulary(first)
     there = {text: _is_known(text, tokenizer.backend_tokenizer) for text in dict.fromkeys(tokens)}
     known, added = ([text for text, is_known in there.items() if is_known is wanted] for wanted in (True, False))
-    if tokens and not added:
-        raise UserError(
-            f"data.new_tokens: all {len(known)} are tokens of the vocabulary already: {_list(known)}. "
-            "Leave data.new_tokens out."
-        )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=bool(MARKER.fullmatch(t))) for t in added])
     _check_whole(tokenizer, added)
     new = {place: text for text, place in tokenizer.get_vocab().items() if place >= first}
-    texts = tuple(new.get(place) for place in range(first, 1 + max(new)))
+    texts = tuple(new.get(place) for place in range(first, 1 + max(new, default=first - 1)))
     return Vocabulary(
         first,
         pieces=_pieces(texts, tokenizer, first),

@@ -13,7 +13,7 @@ from test_check import config
 
 from dsft.config import effect
 from dsft.config.check import check
-from dsft.config.effect import Length, by_config, by_length, by_model, by_place, enforce
+from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_tokens, enforce
 from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs
 from dsft.errors import UserError
 from dsft.metrics import METRICS
@@ -68,6 +68,7 @@ def test_of_every_setting_it_is_known_when_it_acts():
         *here(config()),
         *length(given=(), all_supervised=True, total_steps=5)(config(train__epochs=2, train__max_steps=5)),
         *by_model(config(), "m", chunked=False, decayed=False),
+        *by_tokens(config(), tokens=9, embeddings=9, new=0, added=0),
     ]
     assert {one.name for one in cases} | ALWAYS == set(knobs())
     assert not {one.name for one in cases} & (ALWAYS - {"schedule.name"})
@@ -226,6 +227,45 @@ def test_a_revision_and_a_split_are_of_the_hub():
     assert "model.revision=5e37820 does nothing with model.path=m" in revision
     assert "data.split=test does nothing with data.train=x.jsonl" in split
     assert idle(settings, None, lambda made: by_place(made, model_on_hub=True, data_on_hub=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts", "message"),
+    [
+        (
+            {"model__resize_embeddings": True},
+            {"tokens": 98, "new": 2, "added": 2},
+            "model.resize_embeddings=true does nothing: each of the 98 tokens has one of the model's 100 embeddings.",
+        ),
+        (
+            {"tuning__new_tokens": True, "tuning__method": Method.lora},
+            {"tokens": 98, "new": 0, "added": 0},
+            "tuning.new_tokens=true does nothing: there are no new tokens. Name some with data.new_tokens=FILE",
+        ),
+        (
+            {"data__new_tokens": "words.txt", "model__resize_embeddings": True},
+            {"tokens": 102, "new": 2, "added": 0},
+            "data.new_tokens=words.txt does nothing: all that it names are tokens of the model's vocabulary already.",
+        ),
+    ],
+)
+def test_settings_for_new_tokens_that_are_none_or_have_rows(settings, counts, message):
+    """As of a recipe that goes on from an exported model, which has the tokens: there it is a warning."""
+
+    def rules(made):
+        return by_tokens(made, embeddings=100, **counts)
+
+    (refused,) = idle(settings, None, rules)
+    assert refused.startswith(message)
+    assert warned(settings, (), rules) == [refused]
+    assert (
+        idle(
+            {**settings, "tuning__method": Method.lora},
+            None,
+            lambda made: by_tokens(made, embeddings=100, tokens=102, new=2, added=2),
+        )
+        == []
+    )
 
 
 def test_what_the_model_has_no_use_for():

@@ -116,9 +116,9 @@ def test_tokens_that_stay_untrained_or_unseen_are_told():
     assert untrained.startswith("new tokens: all 2 keep the mean of their pieces, since tuning.new_tokens=false")
 
 
-def test_a_file_of_known_tokens_alone_is_refused():
-    with pytest.raises(UserError, match=r"all 2 are tokens of the vocabulary already: 'the', '<\|im_start\|>'"):
-        vocabulary.extend(tiny.tokenizer(), ["the", "<|im_start|>"], rows=400)
+def test_known_tokens_alone_add_nothing():
+    made = vocabulary.extend(tokenizer := tiny.tokenizer(), ["the", "<|im_start|>"], rows=400)
+    assert made == vocabulary.Vocabulary(len(tokenizer), known=("the", "<|im_start|>")) and len(tokenizer) == 370
 
 
 def test_a_name_that_the_vocabulary_uses_for_other_text_is_refused():
