@@ -35,6 +35,8 @@ HANDSHAKE = timedelta(seconds=5)
 """How long the store may take to answer before it is looked for anew."""
 GRACE = 2.0
 """Seconds that a failed collective waits for the failure of another rank, which is likely its cause."""
+HUSHING = 0.5
+"""Seconds that the other ranks have to fall silent before the rank that failed prints."""
 PRINTING = 3.0
 """Seconds that the rank which failed has for its message before the others are ended."""
 VERDICT = 5.0
@@ -141,6 +143,7 @@ class _Watch:
         self._line: _Line | None = None
         self._failing = threading.Lock()
         self._done = False
+        self._terminal = None  # what stderr was, once this rank has been silenced
 
     def begin(self) -> None:
         """Meet the other ranks, in the background but for rank 0."""
@@ -150,7 +153,7 @@ class _Watch:
             about = {"port": self._hub.port, "host": self._host, "token": self._hub.token}
             self._store.set(_key(), json.dumps(about))
             self._hub.start()
-        self._line = _Line(self._place, self._host, self._told, self._hub)
+        self._line = _Line(self._place, self._host, self._hush, self._told, self._hub)
         self._line.start()
 
     def close(self) -> None:
@@ -189,6 +192,13 @@ class _Watch:
         if os.getpid() == self._pid:
             self._end("", _code(error))  # a world of one: the main thread may wait for this one forever
 
+    def _hush(self) -> None:
+        """Another rank failed and is about to print: whatever this one still has to say comes to nothing."""
+        self._terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+
     def _told(self, cause: Cause) -> None:
         """Another rank failed; returns only where this one is done."""
         if self._done:
@@ -211,9 +221,11 @@ class _Watch:
         late.start()
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
-            if text:
-                sys.stderr.write(("\n" if sys.stderr.isatty() else "") + text)
             sys.stderr.flush()
+            terminal = self._terminal or sys.stderr
+            if text:
+                terminal.write(("\n" if terminal.isatty() else "") + text)
+            terminal.flush()
         with contextlib.suppress(BaseException):
             if self._line:
                 self._line.send({"printed": True})
@@ -290,9 +302,10 @@ class _Hub(threading.Thread):
         self._selector.register(self._server, selectors.EVENT_READ)
         self._ranks: dict[int, tuple[_Channel, dict[str, Any]]] = {}
         self._came: set[int] = set()
+        self._loud: set[int] = set()
         self._held: Cause | None = None
         self._cause: Cause | None = None
-        self._ending = False
+        self._printing = self._ending = False
         self._deadline: float | None = None
         self.done = threading.Event()
         """The others have been ended, as far as they can be."""
@@ -343,6 +356,8 @@ class _Hub(threading.Thread):
     def _heard(self, rank: int, message: dict[str, Any]) -> None:
         if "failed" in message:
             self._offer(Cause(**message["failed"]))
+        elif "hushed" in message:
+            self._is_silent(rank)
         elif "printed" in message:
             if self._cause and rank == self._cause.rank:
                 self._end_others()
@@ -360,6 +375,7 @@ class _Hub(threading.Thread):
         if rank is None:
             return
         _, about = self._ranks.pop(rank)
+        self._is_silent(rank)
         if self._cause is None:
             self._offer(_gone(rank, about["local_rank"], about["host"]))
         elif rank == self._cause.rank:
@@ -380,8 +396,26 @@ class _Hub(threading.Thread):
             self._deadline = self._deadline or time.monotonic() + GRACE
             return
         self._cause = cause
-        if cause.rank in self._ranks:
-            self._ranks[cause.rank][0].send({"cause": asdict(cause)})
+        self._loud = self._ranks.keys() - {cause.rank}
+        for rank in self._loud:
+            self._ranks[rank][0].send({"hush": True})
+        self._deadline = time.monotonic() + HUSHING
+        if not self._loud:
+            self._let_print()
+
+    def _is_silent(self, rank: int) -> None:
+        if rank in self._loud:
+            self._loud.remove(rank)
+            if not self._loud:
+                self._let_print()
+
+    def _let_print(self) -> None:
+        """The others are silent, or cannot be: now the rank that failed has the terminal to itself."""
+        if self._printing:
+            return
+        self._printing = True
+        if self._cause.rank in self._ranks:
+            self._ranks[self._cause.rank][0].send({"cause": asdict(self._cause)})
             self._deadline = time.monotonic() + PRINTING
         else:
             self._end_others()
@@ -401,6 +435,8 @@ class _Hub(threading.Thread):
         if self._cause is None:
             held = self._held
             self._offer(Cause(**(asdict(held) | {"echo": False})))
+        elif not self._printing:
+            self._let_print()
         elif not self._ending:
             self._end_others()
         else:
@@ -413,13 +449,21 @@ class _Line(threading.Thread):
     Args:
         place: This rank's place.
         host: This host's name.
+        hush: Called from this thread when another rank is about to print why the run ends.
         told: Called from this thread with another rank's failure.
         hub: On rank 0, the hub itself.
     """
 
-    def __init__(self, place: Place, host: str, told: Callable[[Cause], None], hub: _Hub | None):
+    def __init__(
+        self,
+        place: Place,
+        host: str,
+        hush: Callable[[], None],
+        told: Callable[[Cause], None],
+        hub: _Hub | None,
+    ):
         super().__init__(name="dsft-failure-line", daemon=True)
-        self._place, self._host, self._told, self._hub = place, host, told, hub
+        self._place, self._host, self._hush, self._told, self._hub = place, host, hush, told, hub
         self._channel: _Channel | None = None
         self._connected, self._mine = threading.Event(), threading.Event()
         self._closed = False
@@ -442,8 +486,7 @@ class _Line(threading.Thread):
             return
         while (messages := self._channel.receive()) is not None:
             for message in messages:
-                if "cause" in message:
-                    self._hear(Cause(**message["cause"]))
+                self._hear(message)
                 if "bye" in message:
                     self._mine.set()  # should this rank fail now, it need not ask
                     return
@@ -467,11 +510,16 @@ class _Line(threading.Thread):
         if self._hub:
             self._hub.done.wait(ENDING)
 
-    def _hear(self, cause: Cause) -> None:
-        if cause.rank == self._place.rank:
-            self._mine.set()
-        else:
-            self._told(cause)
+    def _hear(self, message: dict[str, Any]) -> None:
+        if "hush" in message:
+            self._hush()
+            self.send({"hushed": True})
+        elif "cause" in message:
+            cause = Cause(**message["cause"])
+            if cause.rank == self._place.rank:
+                self._mine.set()
+            else:
+                self._told(cause)
 
     def _connect(self) -> Cause | None:
         """Find the hub and greet it; what stands in the way of the run, if rank 0 is gone or the hub another run's."""
@@ -496,7 +544,7 @@ class _Line(threading.Thread):
             return self._taken()
         self._connected.set()
         for message in (answer or [])[1:]:
-            self._hear(Cause(**message["cause"]))
+            self._hear(message)
         return None
 
     def _alone(self, error: OSError) -> Cause:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -251,6 +252,23 @@ def test_a_mistake_is_told_alone_and_once(run, who):
     outcome = run(*behaviours)
     assert outcome.codes == [2, 2, 2]
     assert outcome.terminal == "error: data.train=x.jsonl: no such file\n"
+
+
+def chatters() -> None:
+    """Shows progress, and is in no collective."""
+    while True:
+        print("evaluate: 1/3", file=sys.stderr, flush=True)
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_at_work_does_not_talk_over_the_message(run, who):
+    behaviours = [chatters, chatters, chatters]
+    behaviours[who] = Raises(boom)
+    outcome = run(*behaviours)
+    assert outcome.codes == [1, 1, 1]
+    assert "evaluate" in outcome.terminal
+    assert "evaluate" not in outcome.terminal[outcome.terminal.index("Traceback") :]
 
 
 def test_the_same_exception_everywhere_is_told_once(run):
