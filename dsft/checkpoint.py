@@ -1,8 +1,12 @@
 """Resume state: written whole or not at all, found again, thinned out.
 
-A checkpoint is a directory `checkpoints/step-000020/` with DeepSpeed's files, one `rank-N.pt` per rank and
-`state.json`. It is written under another name; `manifest.json`, with the size and hash of every file, comes last, and
-one rename publishes the whole. A directory without its name or its manifest is no checkpoint.
+A checkpoint is a directory `checkpoints/step-000020/` with DeepSpeed's files, one `rank-N.pt` per rank, `state.json`,
+and the record of its run: `config.yaml`, the `companions/` of an exported model, and in `probe.safetensors` what the
+model answered. So a model is made from a checkpoint and the base model alone, and compared with what was trained.
+
+It is written under another name; `manifest.json`, with the size and hash of every file, comes last, and one rename
+publishes the whole. A directory without its name or its manifest is no checkpoint. Whether a run may go on from one is
+decided by `compare`.
 """
 
 from __future__ import annotations
@@ -15,23 +19,51 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dsft.engine import Engine
 from dsft.errors import UserError
-from dsft.runtime.files import sync_directory, write_json
+from dsft.runtime.files import sync_directory, write_json, write_text
 from dsft.runtime.seeds import random_state, restore_random_state
 from dsft.runtime.world import World
+from dsft.types import Batch, Probe
 
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
 TAG = "deepspeed"
+CONFIG = "config.yaml"
+COMPANIONS = "companions"
+PROBE = "probe.safetensors"
 
 
-def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str, Any], frozen: bool) -> Path:
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint keeps of its run, beside weights and counters.
+
+    Attributes:
+        config: The accepted config as YAML.
+        companions: Name to content of the files that stand beside an exported model's weights.
+    """
+
+    config: str
+    companions: dict[str, bytes]
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    engine: Engine,
+    world: World,
+    state: dict[str, Any],
+    frozen: bool,
+    record: Record | None = None,
+    probe: Batch | None = None,
+) -> Path:
     """Publish a checkpoint; all ranks call it.
 
     Args:
@@ -41,6 +73,8 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
         world: The ranks.
         state: Everything else a run goes on from (cursor, schedule, counters ...), the same on all ranks; JSON values.
         frozen: Whether weights that are not trained are saved too.
+        record: What is kept of the run.
+        probe: One document of real text, whose logits are kept.
 
     Returns:
         The published directory.
@@ -51,11 +85,13 @@ def save(run_dir: Path, step: int, engine: Engine, world: World, state: dict[str
     final = run_dir / "checkpoints" / f"step-{step:06d}"
     part = final.with_name(final.name + ".part")
     meta = {"step": step, "world_size": world.size, "zero_stage": engine.stage, "frozen": frozen, **state}
+    answered = Probe(probe.input_ids, engine.logits(probe)) if probe is not None else None
     try:
         with _together(world, final):
             if world.is_main:
                 shutil.rmtree(part, ignore_errors=True)
                 (part / TAG).mkdir(parents=True)
+                _write_record(part, record, answered)
         with _together(world, final):
             engine.save(str(part), TAG, frozen)
             _save_random_state(part / f"rank-{world.rank}.pt")
@@ -79,7 +115,7 @@ def load(path: Path, engine: Engine, world: World, identity: dict[str, str] | No
         path: A checkpoint.
         engine: As fresh as it was built.
         world: The ranks.
-        identity: What the run is made of, by knob; must equal the `identity` in the state that was saved.
+        identity: What the run is made of, by setting: `compare`.
 
     Returns:
         The `state` that `save` was given, with `step` among it.
@@ -88,26 +124,97 @@ def load(path: Path, engine: Engine, world: World, identity: dict[str, str] | No
         UserError: The checkpoint was written by another number of ranks, ZeRO stage or identity.
     """
     state = read_state(path)
-    for what, have, key in (("ranks", world.size, "world_size"), ("ZeRO stage", engine.stage, "zero_stage")):
-        if state[key] != have:
-            raise UserError(
-                f"{path} was written with {what} {state[key]}, and this run has {have}. Start it with {state[key]}, "
-                "or use another run_dir."
-            )
-    for knob, now in (identity or {}).items():
-        if (then := state["identity"].get(knob)) != now:
-            raise UserError(
-                f"{path} was saved with {knob}={then}, and this run has {now}: that is another run. Restore it, or "
-                "choose another run_dir."
-            )
+    compare(path, state, identity or {}, world.size, engine.stage)
     engine.load(str(path), TAG, state["frozen"])
     restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=False))
     return state
 
 
+def compare(path: Path, state: dict[str, Any], identity: dict[str, Any], world_size: int, zero_stage: int) -> None:
+    """Decide whether a run may go on from a checkpoint.
+
+    Args:
+        path: The checkpoint, for messages.
+        state: What `read_state` gave.
+        identity: What the run is made of and cannot change on its way, by setting, as JSON values. The state's own
+            `identity` has to be equal, except that other data may follow where an epoch is complete.
+        world_size: Ranks of the run.
+        zero_stage: Its ZeRO stage.
+
+    Raises:
+        UserError: It is another run's; the message names the first setting that differs, and both values.
+    """
+    for what, have, key in (("ranks", world_size, "world_size"), ("ZeRO stage", zero_stage, "zero_stage")):
+        if state[key] != have:
+            raise UserError(
+                f"{path} was written with {what} {state[key]}, and this run has {have}. Start it with {state[key]}, "
+                "or use another run_dir."
+            )
+    then = state.get("identity", {})
+    for setting, now in identity.items():
+        before = then.get(setting)
+        if before == now or (setting == DATA and not state["loader"]["step_in_epoch"]):
+            continue
+        raise UserError(f"{path} {_DIFFERENCES.get(setting, _other_value)(setting, before, now)}")
+
+
+def _other_value(setting: str, before: Any, now: Any) -> str:
+    return (
+        f"was saved with {setting}={before}, and this run has {now}: that is another run. Give {setting}={before}, or "
+        "choose another run_dir."
+    )
+
+
+def _other_data(setting: str, before: Any, now: Any) -> str:
+    return (
+        "was saved in the middle of an epoch, and the training data, or how it is rendered, changed since, so its "
+        "place in the data means nothing now. Restore the data settings, or choose another run_dir."
+    )
+
+
+def _other_model(setting: str, before: Any, now: Any) -> str:
+    before = before or {"name": "an unknown model", "files": {}}
+    names = changed_files(before["files"], now["files"])
+    what = f"{now['name']}, where {', '.join(names)} differ(s)" if names else now["name"]
+    return (
+        f"was saved with the base model {before['name']}, and this run has another: {what}. Give model.path the same "
+        "model, or choose another run_dir."
+    )
+
+
+DATA = "data.train"
+MODEL = "model.path"
+_DIFFERENCES = {DATA: _other_data, MODEL: _other_model}
+"""How a difference is said, where setting and values alone do not say it."""
+
+
+def changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Names of files that differ, are missing or are new, from name to digest then and now."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The plain part of a checkpoint: step, cursor, schedule, counters."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def read_record(path: Path) -> tuple[Record, Probe]:
+    """What a checkpoint keeps of its run, and what the model answered.
+
+    Raises:
+        UserError: It keeps none of that: it was written by an earlier version.
+    """
+    try:
+        config = (path / CONFIG).read_text(encoding="utf-8")
+        tensors = load_file(path / PROBE)
+    except OSError as problem:
+        raise UserError(
+            f"{path} does not say what its model is made of ({problem}); an earlier dsft wrote it"
+        ) from None
+    root = path / COMPANIONS
+    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+    companions = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
+    return Record(config, companions), Probe(tensors["ids"], tensors["logits"])
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -149,12 +256,11 @@ def clean(run_dir: Path) -> None:
 
 
 def choose(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `train.resume` goes on from, or None to start anew; only rank 0 decides.
+    """The checkpoint that `train.resume` goes on from, or None to start anew; only rank 0 decides. Nothing is changed.
 
     Raises:
         UserError: The run directory holds a run that `train.resume=never` would overwrite, or PATH is damaged.
     """
-    clean(run_dir)
     if resume == "never":
         if checkpoints(run_dir):
             raise UserError(
@@ -229,6 +335,17 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _step(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
+
+
+def _write_record(part: Path, record: Record | None, probe: Probe | None) -> None:
+    if record is not None:
+        write_text(part / CONFIG, record.config)
+        for name, content in record.companions.items():
+            file = part / COMPANIONS / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    if probe is not None:
+        save_file({"ids": probe.ids.cpu().contiguous(), "logits": probe.logits.contiguous()}, part / PROBE)
 
 
 @contextmanager

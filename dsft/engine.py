@@ -225,6 +225,14 @@ class Engine:
         with torch.no_grad():
             yield self.module
 
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits at every position in evaluation mode, float32 on the host, shape (1, tokens, vocabulary).
+
+        Every rank must call it. No random number is drawn.
+        """
+        with self.inference() as module:
+            return module.logits(batch.to(self.world.device)).float().cpu()[None]
+
     def gathered(self, parameters: list[nn.Parameter]):
         """A context in which these parameters are whole on every rank."""
         return _gathered(self.stage, parameters)

@@ -1,82 +1,136 @@
-"""Composition root of `launch/export.py`: a run's checkpoint becomes a model directory, on one process and the CPU."""
+"""Composition root of `launch/export.py`: a run's checkpoint becomes a model directory, on one process and the CPU.
+
+What the model is made of stands in the checkpoint alone; the run's directory may hold anything beside it.
+"""
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsft import checkpoint
 from dsft.config import load
-from dsft.config.schema import Method
+from dsft.config.schema import Config, Method
 from dsft.errors import UserError
 from dsft.model import export as writing
 from dsft.model import load as models
 from dsft.model import rows, tuning, vocabulary
 
-PROBE = "def add(a, b):\n    return a + b  # The quick brown fox costs $3.14, 敏捷的棕色狐狸。\n"
-"""Text whose logits are compared; words, code, digits and Chinese, so that many rows of the embedding are met."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+"""How files end that decide a base model's weights; `config.json` does too, the rest is kept in the checkpoint."""
 
 
 def export(
-    run_dir: Path, which: str = "last", merge: bool = True, output: Path | None = None
+    run_dir: Path, which: str = "last", merge: bool = True, output: Path | None = None, model_path: str | None = None
 ) -> tuple[Path, writing.Report]:
-    """Write the model of a checkpoint, reload it and compare logits.
+    """Write the model of a checkpoint, reload it, and compare its logits with those of the model that was trained.
 
     Args:
         run_dir: Directory of a run, of any ZeRO stage and number of ranks.
         which: `best`, `last` or a step.
         merge: With LoRA, a whole model; otherwise the adapters alone.
         output: Where to write; default `run_dir/model`.
+        model_path: Where the base model lies, if it has been moved since the run.
 
     Returns:
-        The written directory, and how far its logits are from those of the checkpoint's model.
+        The written directory, and how far its logits are from those that the checkpoint keeps.
 
     Raises:
-        UserError: No such run or checkpoint, a damaged one, a full disk, or a written model that is another.
+        UserError: No such run or checkpoint, a damaged one, another base model, a full disk, or a written model that
+            is not the one that was trained.
     """
     run_dir = Path(run_dir).expanduser()
     output = Path(output).expanduser() if output else run_dir / "model"
-    config = load.load_yaml(run_dir / "config.yaml")
-    if not merge and config.tuning.method is not Method.lora:
-        raise UserError(
-            f"merge=false writes adapters alone, but {run_dir} was run with tuning={config.tuning.method.value}, "
-            "which has none. Leave it out."
-        )
-    writing.check_replaceable(output)
     path = checkpoint.find(run_dir, which)
     if problem := checkpoint.damage(path):
         raise UserError(f"{path} is no whole checkpoint: {problem}")
-    source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
-    tokenizer = models.load_tokenizer(source, config.model.chat_template)
-    dtype = _dtype(run_dir)
-    model = models.load_model(source, dtype, "eager")
-    new_tokens = checkpoint.read_state(path)["new_tokens"]
-    words = vocabulary.extend(tokenizer, new_tokens, model.config.get_text_config().vocab_size)
-    if words.pieces and not merge:
+    state = checkpoint.read_state(path)
+    record, probe = checkpoint.read_record(path)
+    config = load.parse_yaml(record.config, str(path / checkpoint.CONFIG))
+    if not merge and config.tuning.method is not Method.lora:
         raise UserError(
-            f"merge=false writes adapters alone, but {run_dir} was run with {len(words.pieces)} new tokens, whose rows "
-            f"the base model {config.model.path} lacks. Leave merge=false out."
+            f"merge=false writes adapters alone, but {path} was trained with tuning={config.tuning.method.value}, "
+            "which has none. Leave it out."
         )
-    rows.grow(model, words, lambda parameters: nullcontext())
-    model = tuning.apply(model, config.tuning, config.train.seed, words)
+    writing.check_replaceable(output)
+    dtype = DTYPES[state["identity"]["precision"]]
+    source = base_model(state["identity"][checkpoint.MODEL], model_path, config.data.cache_dir)
+    model = _model(config, state, source, dtype, merge)
     put_weights(model, checkpoint.weights(path), str(path))
-    writing.write_model(
+    report = writing.write_model(
         model,
-        tokenizer,
+        record.companions,
         output,
         gather=lambda parameters: nullcontext(),
         is_writer=True,
         merge=merge,
         dtype=dtype,
+        probe=probe,
     )
-    probe = tokenizer(PROBE, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = model.eval()(input_ids=probe, use_cache=False).logits
-    return output, writing.verify(output, probe, expected, dtype)
+    return output, report
+
+
+def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str) -> models.ModelSource:
+    """The base model of a run, found again.
+
+    Args:
+        then: What the checkpoint says of it.
+        model_path: Where it lies now, if not where it lay.
+        cache_dir: Where converted models are kept.
+
+    Raises:
+        UserError: It is not there, or another than then; the message names the files that differ.
+    """
+    try:
+        source = models.resolve(model_path or then["origin"], then["revision"], cache_dir)
+    except UserError as problem:
+        raise UserError(f"{problem} If the base model was moved since the run, say where: model.path=...") from problem
+    if source.fingerprint == then["fingerprint"]:
+        return source
+    before, now = (
+        {name: digest for name, digest in files.items() if name.endswith(WEIGHTS) or name == "config.json"}
+        for files in (then["files"], source.files)
+    )
+    changed = checkpoint.changed_files(before, now)
+    if changed or not before:
+        what = f": {', '.join(changed)} changed" if changed else ""
+        raise UserError(
+            f"{source.path} is not the base model of the run{what}. Restore it, or say where the right one lies: "
+            "model.path=..."
+        )
+    return source
+
+
+def _model(
+    config: Config, state: dict[str, Any], source: models.ModelSource, dtype: torch.dtype, merge: bool
+) -> nn.Module:
+    """The model as it was built for training, with its new tokens, its adapters as they were."""
+    model = models.load_model(source, dtype, "eager")
+    tokenizer = models.load_tokenizer(source)
+    words = vocabulary.extend(tokenizer, state["new_tokens"], model.config.get_text_config().vocab_size)
+    if words.pieces and not merge:
+        raise UserError(
+            f"merge=false writes adapters alone, but the run has {len(words.pieces)} new tokens, whose rows the base "
+            f"model {source.path} lacks. Leave merge=false out."
+        )
+    rows.grow(model, words, lambda parameters: nullcontext())
+    model = tuning.apply(model, config.tuning, config.train.seed, words)
+    then = state["adapters"]
+    now = tuning.adapters(model)
+    different = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"the adapters would not be those that were trained: {name} had rank and scale {then.get(name)}, and would "
+            f"have {now.get(name)}"
+        )
+    return model
 
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
@@ -97,21 +151,8 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str)
     if strange or missing:
         which = f"lacks {missing[0]!r}" if missing else f"holds {strange[0]!r}, which the model has not in that shape"
         raise UserError(
-            f"{origin} does not fit the model in config.yaml: it {which} (and {len(missing) + len(strange) - 1} more). "
-            "Was model.path or tuning changed after the run?"
+            f"{origin} does not fit the model that its config describes: it {which} "
+            f"(and {len(missing) + len(strange) - 1} more)."
         )
     for name, tensor in weights.items():
         state[name].copy_(tensor)
-
-
-def _dtype(run_dir: Path) -> torch.dtype:
-    """The type that the run computed in, which `precision=auto` settled on the machine of the run."""
-    file = run_dir / "ds_config.json"
-    try:
-        ds = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}). It is written when the run begins.") from error
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds.get(key, {}).get("enabled"):
-            return dtype
-    return torch.float32

@@ -20,6 +20,7 @@ from dsft.metrics import METRICS, Tally
 from dsft.optim import Schedule
 from dsft.runtime.signals import StopRequest
 from dsft.runtime.world import World, peak_memory
+from dsft.types import Batch
 
 
 @dataclass
@@ -100,6 +101,8 @@ class Loop:
         run_dir: The run's directory.
         save_frozen: Whether checkpoints hold weights that are not trained.
         extra_state: Further values to save with each checkpoint.
+        record: What each checkpoint keeps of the run.
+        probe: The document whose logits each checkpoint keeps.
     """
 
     def __init__(
@@ -118,6 +121,8 @@ class Loop:
         run_dir: Path,
         save_frozen: bool,
         extra_state: Callable[[], dict[str, Any]],
+        record: checkpoint.Record | None = None,
+        probe: Batch | None = None,
     ):
         self.engine = engine
         self.loader = loader
@@ -132,6 +137,8 @@ class Loop:
         self.run_dir = run_dir
         self.save_frozen = save_frozen
         self.extra_state = extra_state
+        self.record = record
+        self.probe = probe
         self.counters = Counters()
         self._interval = Interval()
 
@@ -197,9 +204,16 @@ class Loop:
         return self._judge(metrics)
 
     def sample(self) -> None:
-        """Generate sample answers and hand them to the tracker."""
-        if self.evaluator is not None and self.train.samples:
-            self.tracker.samples(self.counters.step, self.evaluator.answers(self.engine))
+        """Generate sample answers and hand them to the tracker; say how many could not be had, and why."""
+        if self.evaluator is None or not self.train.samples:
+            return
+        answers, problems = self.evaluator.answers(self.engine)
+        self.tracker.samples(self.counters.step, answers)
+        if problems:
+            self.tracker.note(
+                f"warning: {len(problems)} of {len(answers) + len(problems)} samples of step {self.counters.step} "
+                f"could not be generated; the run goes on. The first: {problems[0]}"
+            )
 
     def save(self) -> None:
         """Publish a checkpoint of this step, and thin out the old ones."""
@@ -210,12 +224,21 @@ class Loop:
             "intervals": self.world.gather_objects(self._interval.state_dict()),
             **self.extra_state(),
         }
-        path = checkpoint.save(self.run_dir, self.counters.step, self.engine, self.world, state, self.save_frozen)
+        path = checkpoint.save(
+            self.run_dir,
+            self.counters.step,
+            self.engine,
+            self.world,
+            state,
+            self.save_frozen,
+            self.record,
+            self.probe,
+        )
         if self.world.is_main:
             checkpoint.retain(self.run_dir, self.counters.step, self.train.keep_last, self.counters.best_step)
         self.tracker.note(f"saved {path}")
 
-    def resume(self, path: Path, identity: dict[str, str]) -> dict[str, Any]:
+    def resume(self, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """Go back to a checkpoint of the run that `identity` describes; returns what was saved with it."""
         state = checkpoint.load(path, self.engine, self.world, identity)
         self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})

@@ -8,14 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import yaml
 from rich.console import Console
@@ -23,8 +23,9 @@ from rich.console import Console
 from dsft import checkpoint, loop
 from dsft.config import check, cli, effect, load
 from dsft.config.schema import Config, Method, Precision
+from dsft.config.zero import stage
 from dsft.data import audit as audits
-from dsft.data import dataset, sources
+from dsft.data import dataset, render, sources
 from dsft.data.batch import collate
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
@@ -35,18 +36,63 @@ from dsft.evaluate import Evaluator
 from dsft.metrics import METRICS
 from dsft.model import attention, export, rows, tuning, vocabulary
 from dsft.model import load as models
+from dsft.model.rehearsal import rehearse
+from dsft.model.stopping import Stopping, find_stopping
 from dsft.optim import Schedule, parameter_groups
 from dsft.runtime.files import write_json, write_text
+from dsft.runtime.locks import hold
 from dsft.runtime.place import Place
 from dsft.runtime.seeds import seed_everything
-from dsft.runtime.signals import REQUEUE_CODE, StopRequest
+from dsft.runtime.signals import REQUEUE_CODE, StopRequest, exit_when_terminated
 from dsft.runtime.world import World, computes_bf16, computes_fp16, describe, join, leave
 from dsft.tasks.causal_lm import CausalLM
 from dsft.tracking import NullTracker, Progress, Tracker, WandbSink
 from dsft.tracking.report import summary, write_report
+from dsft.types import Batch, Example, Probe
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+PROBE_TOKENS = 32
+"""Tokens of the document by which an exported model is recognised."""
+
+PROBE_BYTES = 16 * 2**20
+"""What the logits of that document may take in a checkpoint."""
+
 PACKAGES = ("dsft", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is found out before ranks meet, by each for itself; nothing of it has touched the run directory.
+
+    Attributes:
+        sizes: Batch sizes.
+        precision: What `precision=auto` means here.
+        ds: The whole DeepSpeed config.
+        source: The base model.
+        tokenizer: Its tokenizer, with the new tokens.
+        words: What is new in it.
+        stopping: Where its answers end.
+        companions: Files that stand beside an exported model's weights.
+        train_set: Training examples.
+        validation: Validation examples, or None.
+        audit: What became of the records.
+        planner: Which examples make which step.
+        total_steps: When the run is over.
+    """
+
+    sizes: Any
+    precision: Precision
+    ds: dict[str, Any]
+    source: models.ModelSource
+    tokenizer: Any
+    words: vocabulary.Vocabulary
+    stopping: Stopping
+    companions: dict[str, bytes]
+    train_set: dataset.TokenDataset
+    validation: dataset.TokenDataset | None
+    audit: dict[str, Any]
+    planner: Planner
+    total_steps: int
 
 
 def run(config: Config, place: Place) -> int:
@@ -60,9 +106,10 @@ def run(config: Config, place: Place) -> int:
         Exit code: 0 when the run is finished, REQUEUE_CODE when it was asked to stop and can go on.
 
     Raises:
-        UserError: Something that a person can mend.
+        UserError: Something that a person can mend. Before the run is accepted, nothing in its directory has changed.
     """
-    with _only_run(Path(config.run_dir), place):
+    exit_when_terminated()
+    with hold(Path(config.run_dir).expanduser()) if place.rank == 0 else nullcontext():
         try:
             return _run(config, place)
         except OSError as problem:
@@ -75,6 +122,34 @@ def run(config: Config, place: Place) -> int:
 
 
 def _run(config: Config, place: Place) -> int:
+    """Build everything, decide whether the run is accepted, and only then write."""
+    plan = _plan(config, place)
+    stop = StopRequest()
+    world = join(place)
+    # decided by rank 0 alone: hosts may stand in different working directories
+    run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
+    identity = _identity(config, plan)
+    resume_from, saved = _choose(config, plan, run_dir, identity, world)
+    seed_everything(config.train.seed, config.train.deterministic)
+    engine = _engine(config, plan, world)
+    _check_engine(config, plan.source, engine)
+    tracker = _tracker(config, run_dir, world, plan.total_steps, saved)
+    the_loop = _loop(config, plan, engine, world, stop, tracker, run_dir, identity)
+    if resume_from:
+        the_loop.resume(resume_from, identity)
+    # the first forward pass, in which the task refuses a model that it cannot train exactly
+    engine.evaluate(the_loop.probe)
+    _begin(config, plan, the_loop, resume_from, saved)
+    signal = the_loop.run()
+    if signal is None and config.train.export:
+        _export(plan, the_loop)
+    code = _conclude(run_dir, signal, world, tracker)
+    leave()
+    return code
+
+
+def _plan(config: Config, place: Place) -> Plan:
+    """Everything that needs no other rank; reading and tokenising may take hours, and no process group can time out."""
     sizes = check.resolve_batch(config.batch, place.world_size)
     precision = _precision(config.precision)
     ds = build_ds_config(
@@ -95,11 +170,8 @@ def _run(config: Config, place: Place) -> int:
     model_on_hub = models.on_hub(config.model.path)
     idle = effect.by_place(config, model_on_hub=model_on_hub, data_on_hub=data_on_hub)
     _warn(place, effect.enforce(config, idle, given))
-    # reading and tokenising may take hours: done before there is a process group that could time out
-    source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
-    tokenizer = models.load_tokenizer(source, config.model.chat_template)
-    words, idle = _prepare_vocabulary(config, source, tokenizer, new_tokens)
-    _warn(place, idle)
+    model = _plan_model(config, precision, place, new_tokens)
+    tokenizer = model["tokenizer"]
     train_set, validation, audit = dataset.prepare(
         config.data, tokenizer, models.tokenizer_fingerprint(tokenizer), config.train.seed
     )
@@ -111,8 +183,8 @@ def _run(config: Config, place: Place) -> int:
         config.train.seed,
         sizes.global_batch_size,
     )
-    total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     audit["packing"] = planner.describe()
+    total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     length = effect.Length(
         held_out=len(validation or []),
         all_supervised=bool((train_set.supervised_counts == train_set.lengths - 1).all()),
@@ -120,78 +192,119 @@ def _run(config: Config, place: Place) -> int:
         steps_to_decay=planner.total_steps(effect.decays_every(config), total_steps),
     )
     _warn(place, effect.enforce(config, effect.by_length(config, length, given), given))
+    data = {"train_set": train_set, "validation": validation, "audit": audit, "planner": planner}
+    return Plan(sizes=sizes, precision=precision, ds=ds, total_steps=total_steps, **model, **data)
 
-    stop = StopRequest()
-    world = join(place)
-    # decided by rank 0 alone: hosts may stand in different working directories
-    run_dir = Path(world.broadcast(str(Path(config.run_dir).expanduser().absolute())))
+
+def _plan_model(config: Config, precision: Precision, place: Place, new_tokens: list[str]) -> dict[str, Any]:
+    """The plan's part about the model: what is trained, and that it can be written in the end."""
+    source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
+    tokenizer = models.load_tokenizer(source, config.model.chat_template)
+    words, idle = _prepare_vocabulary(config, source, tokenizer, new_tokens)
+    _warn(place, idle)
+    stopping = find_stopping(source, tokenizer, render.turn_end(tokenizer))
+    companions = export.companion_files(tokenizer, stopping.generation_config)
+    if place.rank == 0 and config.train.export:
+        destination = Path(config.run_dir).expanduser() / "model"
+        rehearse(source, tokenizer, words, companions, config.tuning, DTYPES[precision], destination)
+    return {
+        "source": source,
+        "tokenizer": tokenizer,
+        "words": words,
+        "stopping": stopping,
+        "companions": companions,
+    }
+
+
+def _choose(
+    config: Config, plan: Plan, run_dir: Path, identity: dict[str, Any], world: World
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its state, if there is one, and all ranks and the checkpoint agree to it."""
     for what, value in {
-        "data.new_tokens": words.identity,
-        "the training data": train_set.key,
-        "the validation data": validation.key if validation else "none",
-        "the model": source.fingerprint,
-        "the precision": precision.value,
+        "data.new_tokens": plan.words.identity,
+        "the training data": plan.train_set.key,
+        "the validation data": plan.validation.key if plan.validation else "none",
+        "the model": plan.source.fingerprint,
+        "the precision": plan.precision.value,
     }.items():
         world.agree(what, value)
-    identity = _identity(config, precision, source) | {"data.new_tokens": words.identity}
-    seed_everything(config.train.seed, config.train.deterministic)
-    engine = _engine(config, ds, source, words, precision, world)
-    idle = effect.by_model(
-        config,
-        source.name,
-        chunked=engine.module.chunked,
-        decayed=any(group["weight_decay"] for group in parameter_groups(engine.module, config.optim)),
+
+    def choose() -> tuple[Path | None, dict[str, Any]]:
+        path = checkpoint.choose(run_dir, config.train.resume)
+        state = checkpoint.read_state(path) if path else {}
+        if path:
+            checkpoint.compare(path, state, identity, world.size, stage(plan.ds))
+        return path, state
+
+    return world.from_main(choose)
+
+
+def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_dir: Path, identity) -> loop.Loop:
+    data, sizes = plan.train_set, plan.sizes
+    loader = Loader(
+        data,
+        data.lengths,
+        data.supervised_counts,
+        plan.planner,
+        world.rank,
+        world.size,
+        sizes.micro_batch_size,
+        sizes.gradient_accumulation_steps,
     )
-    _warn(place, effect.enforce(config, idle, given))
-    resume_from = world.from_main(partial(checkpoint.choose, run_dir, config.train.resume))
-    saved = checkpoint.read_state(resume_from) if resume_from else {}
-    tracker = _tracker(config, run_dir, world, total_steps, saved)
-    environment = _environment(world)
-    if world.is_main:
-        write_json(run_dir / "environment.json", environment)
-        audit["new_tokens"] = words.audit(train_set.arrays["ids"])
-        _describe_run(config, ds, run_dir, tracker, audit)
-        audits.show(audit, train_set[0], tokenizer, Console(stderr=True))
-        tracker.note(_headline(engine, ds, precision, run_dir, total_steps))
-        for line in words.notes(audit["new_tokens"], config.tuning.method is Method.full or config.tuning.new_tokens):
-            tracker.note(line)
-    the_loop = loop.Loop(
+    adapters = tuning.adapters(engine.module.model)
+    return loop.Loop(
         engine=engine,
-        loader=Loader(
-            train_set,
-            train_set.lengths,
-            train_set.supervised_counts,
-            planner,
-            world.rank,
-            world.size,
-            sizes.micro_batch_size,
-            sizes.gradient_accumulation_steps,
-        ),
-        evaluator=_evaluator(config, validation, tokenizer, world, sizes.micro_batch_size),
-        schedule=Schedule(config.schedule, total_steps, planner.steps(0)),
+        loader=loader,
+        evaluator=_evaluator(config, plan, world),
+        schedule=Schedule(config.schedule, plan.total_steps, plan.planner.steps(0)),
         tracker=tracker,
         world=world,
         stop=stop,
         train=config.train,
-        total_steps=total_steps,
+        total_steps=plan.total_steps,
         peak_lr=config.optim.lr,
         run_dir=run_dir,
         save_frozen=_save_frozen(engine),
         extra_state=lambda: {
-            "data": train_set.key,
             "identity": identity,
-            "new_tokens": words.added,
+            "adapters": adapters,
+            "new_tokens": plan.words.added,
             "wandb_id": world.broadcast(tracker.run_id),
         },
+        record=checkpoint.Record(load.to_yaml(config), plan.companions),
+        probe=_probe(data[0], engine),
     )
+
+
+def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | None, saved: dict[str, Any]) -> None:
+    """The run is accepted: write down what is about to happen, and leave nothing of what happened later."""
+    tracker, world, run_dir = the_loop.tracker, the_loop.world, the_loop.run_dir
+    environment = _environment(world)
+
+    def write() -> int:
+        dropped = tracker.rewind(saved.get("step", -1))
+        checkpoint.clean(run_dir)
+        if config.tracking.wandb:
+            plain = yaml.safe_load(load.to_yaml(config))
+            tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, saved.get("wandb_id"), tracker.note))
+        write_json(run_dir / "environment.json", environment)
+        audit = plan.audit | {"new_tokens": plan.words.audit(plan.train_set.arrays["ids"])}
+        _describe_run(config, plan.ds, run_dir, tracker, audit)
+        audits.show(audit, plan.train_set[0], plan.tokenizer, Console(stderr=True))
+        tracker.note(_headline(the_loop.engine, plan, run_dir))
+        trained = config.tuning.method is Method.full or config.tuning.new_tokens
+        for line in [*plan.words.notes(audit["new_tokens"], trained), plan.stopping.note]:
+            if line:
+                tracker.note(line)
+        return dropped
+
+    dropped = world.from_main(write)
     if resume_from:
-        _resume(the_loop, resume_from, train_set.key, identity, tracker)
-    signal = the_loop.run()
-    if signal is None and config.train.export:
-        _export(config, run_dir, engine, tokenizer, train_set[0], precision, world, tracker)
-    code = _conclude(run_dir, signal, world, tracker)
-    leave()
-    return code
+        if resume_from.parents[1] != run_dir:
+            # the best checkpoint lies in the other run's directory, where nobody would look for it
+            the_loop.counters.best = the_loop.counters.best_step = None
+        again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
+        tracker.note(f"resuming from {resume_from} at step {saved['step']}{again}")
 
 
 def _warn(place: Place, warnings: list[str]) -> None:
@@ -227,54 +340,59 @@ def _prepare_vocabulary(
     return words, effect.enforce(config, idle, cli.given())
 
 
-def _engine(
-    config: Config,
-    ds: dict,
-    source: models.ModelSource,
-    words: vocabulary.Vocabulary,
-    precision: Precision,
-    world: World,
-) -> Engine:
+def _engine(config: Config, plan: Plan, world: World) -> Engine:
     """The model, prepared for training as the config says, inside its engine."""
-    dtype = DTYPES[precision]
+    dtype = DTYPES[plan.precision]
     kernel = attention.choose_kernel(config.model.attention, world.device, dtype)
-    with building(ds) as gather:
-        model = models.load_model(source, dtype, attention.NAME)
-        rows.grow(model, words, gather)
-        model = tuning.apply(model, config.tuning, config.train.seed, words)
+    with building(plan.ds) as gather:
+        model = models.load_model(plan.source, dtype, attention.NAME)
+        rows.grow(model, plan.words, gather)
+        model = tuning.apply(model, config.tuning, config.train.seed, plan.words)
     models.activation_checkpointing(model, config.activation_checkpointing)
     noise = tuning.add_neftune(model, config.tuning.neftune_alpha) if config.tuning.neftune_alpha else None
     task = CausalLM(model, partial(attention.Documents.of, kernel=kernel), config.model.logits_chunk, noise)
-    return Engine(task, ds, config.optim, world)
+    return Engine(task, plan.ds, config.optim, world)
 
 
-def _evaluator(config: Config, validation, tokenizer, world: World, micro_batch_size: int) -> Evaluator | None:
-    if validation is None:
+def _check_engine(config: Config, source: models.ModelSource, engine: Engine) -> None:
+    """Refuse settings that have no effect on this model, or warn of them."""
+    idle = effect.by_model(
+        config,
+        source.name,
+        chunked=engine.module.chunked,
+        decayed=any(group["weight_decay"] for group in parameter_groups(engine.module, config.optim)),
+    )
+    _warn(engine.world.place, effect.enforce(config, idle, cli.given()))
+
+
+def _evaluator(config: Config, plan: Plan, world: World) -> Evaluator | None:
+    if plan.validation is None:
         return None
     return Evaluator(
-        validation,
-        tokenizer,
+        plan.validation,
+        plan.tokenizer,
         world,
         config.eval.micro_batch_size,
-        micro_batch_size * config.data.max_length,
+        plan.sizes.micro_batch_size * config.data.max_length,
         config.train.samples,
         config.train.sample_tokens,
+        plan.stopping.tokens,
     )
 
 
 def _tracker(config: Config, run_dir: Path, world: World, total_steps: int, saved: dict[str, Any]):
     if not world.is_main:
         return NullTracker()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    progress = Progress(total_steps, saved.get("step", 0), config.tracking.progress)
-    sink = None
-    if config.tracking.wandb:
-        plain = yaml.safe_load(load.to_yaml(config))
-        sink = WandbSink(config.tracking, run_dir, config.name, plain, saved.get("wandb_id"), progress.note)
-    tracker = Tracker(run_dir, progress, sink)
-    if not saved:
-        tracker.rewind(-1)
-    return tracker
+    return Tracker(run_dir, Progress(total_steps, saved.get("step", 0), config.tracking.progress))
+
+
+def _probe(example: Example, engine: Engine) -> Batch:
+    """A short document of real text around the first supervised token, whose logits take at most PROBE_BYTES."""
+    logits = engine.module.model.config.get_text_config().vocab_size
+    tokens = max(2, min(PROBE_TOKENS, PROBE_BYTES // (4 * logits)))
+    begin = max(0, int(example.supervised.argmax()) - tokens // 4)
+    part = slice(begin, begin + tokens)
+    return collate([Example(example.ids[part], example.supervised[part])])
 
 
 def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, audit: dict[str, Any]) -> None:
@@ -292,12 +410,12 @@ def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, aud
     tracker.audit(audit)
 
 
-def _headline(engine: Engine, ds: dict, precision: Precision, run_dir: Path, total_steps: int) -> str:
+def _headline(engine: Engine, plan: Plan, run_dir: Path) -> str:
     counts = tuning.describe(engine.module)
     return (
         f"{counts.trainable:,} of {counts.total:,} parameters are trained ({counts.trainable / counts.total:.2%}), "
-        f"{precision.value}, ZeRO-{engine.stage}, {engine.world.size} rank(s), "
-        f"{ds['train_batch_size']} rows per step, {total_steps} steps; run_dir {run_dir}"
+        f"{plan.precision.value}, ZeRO-{engine.stage}, {engine.world.size} rank(s), "
+        f"{plan.ds['train_batch_size']} rows per step, {plan.total_steps} steps; run_dir {run_dir}"
     )
 
 
@@ -333,75 +451,52 @@ def _save_frozen(engine: Engine) -> bool:
     return all(p.requires_grad for p in engine.module.parameters())
 
 
-@contextmanager
-def _only_run(run_dir: Path, place: Place) -> Iterator[None]:
-    """Hold the run directory's lock on rank 0, so that two runs never write into one directory."""
-    if place.rank:
-        yield
-        return
-    run_dir = run_dir.expanduser()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another run is using run_dir={run_dir}; wait for it, or choose another run_dir") from None
-    except NotImplementedError:
-        raise UserError(f"run_dir={run_dir} is on a file system without locks; choose another place") from None
-    except OSError as problem:
-        raise UserError(f"run_dir={run_dir} cannot be written to: {problem.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _identity(config: Config, plan: Plan) -> dict[str, Any]:
+    """What a run is made of and cannot change on its way, by setting; what a difference is blamed on first comes first.
 
-
-def _identity(config: Config, precision: Precision, source: models.ModelSource) -> dict[str, str]:
-    """What a run is made of and cannot change on its way; by knob."""
-    tuned = {f"tuning.{name}": str(value) for name, value in vars(config.tuning).items() if name != "neftune_alpha"}
-    return tuned | {
-        "model.path": source.fingerprint,
-        "precision": precision.value,
+    It is kept in each checkpoint, and names the base model to whoever makes the model of one.
+    """
+    tuned = {f"tuning.{name}": _plain(value) for name, value in vars(config.tuning).items() if name != "neftune_alpha"}
+    source = plan.source
+    return {
+        "train.seed": config.train.seed,
+        checkpoint.MODEL: {
+            "name": source.name,
+            "origin": source.origin,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+            "files": source.files,
+        },
+        **tuned,
+        "data.new_tokens": plan.words.identity,
+        "precision": plan.precision.value,
         "optim.name": config.optim.name.value,
-        "optim.layer_decay": str(config.optim.layer_decay),
+        "optim.layer_decay": config.optim.layer_decay,
+        checkpoint.DATA: plan.train_set.key,
     }
 
 
-def _resume(the_loop: loop.Loop, path: Path, data_key: str, identity: dict[str, str], tracker) -> None:
-    """Put everything back to where the checkpoint stood."""
-    state = checkpoint.read_state(path)
-    if state["data"] != data_key and state["loader"]["step_in_epoch"]:
-        raise UserError(
-            f"the training data, or how it is rendered, changed since {path} was saved in the middle of an epoch, so "
-            "its place in the data means nothing now. Restore the data settings, or choose another run_dir."
-        )
-    the_loop.resume(path, identity)
-    if path.parents[1] != the_loop.run_dir:
-        # the best checkpoint lies in the other run's directory, where nobody would look for it
-        the_loop.counters.best = the_loop.counters.best_step = None
-    dropped = the_loop.world.from_main(lambda: tracker.rewind(state["step"]))
-    again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
-    tracker.note(f"resuming from {path} at step {state['step']}{again}")
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
-def _export(config, run_dir: Path, engine: Engine, tokenizer, example, precision, world: World, tracker) -> None:
-    """Write `model/` from the weights as they stand, reload it, and compare logits."""
-    dtype = DTYPES[precision]
-    probe = collate([example])
-    directory = run_dir / "model"
+def _export(plan: Plan, the_loop: loop.Loop) -> None:
+    """Write `model/` from the weights as they stand, reload it, and compare logits with the training model's."""
+    engine, world, directory = the_loop.engine, the_loop.world, the_loop.run_dir / "model"
+    probe = Probe(the_loop.probe.input_ids, engine.logits(the_loop.probe))
     with engine.inference() as module:
-        expected = module.logits(probe.to(world.device))
-        export.write_model(
+        report = export.write_model(
             module.model,
-            tokenizer,
+            plan.companions,
             directory,
             gather=engine.gathered,
             is_writer=world.is_main,
             merge=True,
-            dtype=dtype,
+            dtype=DTYPES[plan.precision],
+            probe=probe,
         )
-        report = world.from_main(lambda: export.verify(directory, probe.input_ids, expected[None], dtype))
-    tracker.note(f"exported {directory}; {report}")
+    world.all_succeed(None)  # nobody ends before the writer has
+    the_loop.tracker.note(f"exported {directory}; {report}")
 
 
 def _conclude(run_dir: Path, signal: str | None, world: World, tracker) -> int:

@@ -79,3 +79,16 @@ class Batch:
         """The same batch with its tensors on `device`."""
         move = {k: getattr(self, k).to(device, non_blocking=True) for k in ("input_ids", "labels", "position_ids")}
         return Batch(**move, lengths=self.lengths, supervised=self.supervised, examples=self.examples)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a trained model answered, by which a model that is written from it is recognised.
+
+    Attributes:
+        ids: Token ids of real text, int64, shape (1, tokens), one document.
+        logits: The trained model's in evaluation mode, float32, shape (1, tokens, vocabulary).
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor

@@ -1,6 +1,8 @@
-"""Write a checkpoint's model: `python launch/export.py run_dir=R checkpoint=best|last|N merge=true|false output=DIR`
+"""Write a checkpoint's model: `python launch/export.py run_dir=R checkpoint=best|last|N merge=true|false output=DIR
+model.path=DIR`
 
-One process, no launcher, no accelerator. Only `run_dir` is needed; the rest is `last`, `true` and `run_dir/model`.
+One process, no launcher, no accelerator. Only `run_dir` is needed; the rest is `last`, `true` and `run_dir/model`. The
+base model is looked for where the run had it, unless `model.path` says where it has been moved to.
 """
 
 import difflib
@@ -10,7 +12,7 @@ from pathlib import Path
 from dsft.config import load
 from dsft.errors import UserError
 
-DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": "true", "output": None}
+DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": "true", "output": None, "model.path": None}
 
 
 def parse(argv: list[str]) -> dict:
@@ -35,6 +37,7 @@ def parse(argv: list[str]) -> dict:
         "which": given["checkpoint"],
         "merge": given["merge"] == "true",
         "output": given["output"] and Path(given["output"]),
+        "model_path": given["model.path"],
     }
 
 

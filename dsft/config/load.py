@@ -106,11 +106,20 @@ def load_yaml(path: str | Path) -> Config:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    content = yaml_text.parse(text, name=str(path))
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> Config:
+    """The config that `to_yaml` wrote as `text`; `origin` names it in messages.
+
+    Raises:
+        UserError: If it is not YAML or does not fit the schema.
+    """
+    content = yaml_text.parse(text, name=origin)
     try:
         return _typed(OmegaConf.create(content))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{origin}: {error}") from error
 
 
 def to_yaml(config: Config) -> str:

@@ -70,6 +70,28 @@ def fit(example: Example, max_length: int, on_overflow: OnOverflow, origin: str 
     return Example(example.ids[:max_length], example.supervised[:max_length], truncated=True)
 
 
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Id of the token with which the chat template ends what an assistant writes.
+
+    It is the first added token after the answer. None where the template writes none, or where there is no template:
+    then the turn ends in words, or with the text, and no token says so.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "over the hill"
+    messages = [{"role": "user", "content": "where is the moon"}, {"role": "assistant", "content": answer}]
+    try:
+        text, _ = _rendered(Conversation(messages=messages), tokenizer, len(messages))
+    except BadRecord:
+        return None  # a template that wants more of a conversation; its records will tell
+    _, found, tail = text.rpartition(answer)
+    # some models add such a token without calling it special; those of white space are no ends
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    places = {token: tail.find(token) for token in {*_specials(tokenizer), *added}}
+    ahead = [(place, -len(token), token) for token, place in places.items() if found and place >= 0]
+    return tokenizer.convert_tokens_to_ids(min(ahead)[2]) if ahead else None
+
+
 def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> Example:
     ids = list(tokenizer(text)["input_ids"])
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -92,13 +114,24 @@ def _supervised_text(
     last = turns[-1]
     if train_on is TrainOn.last_assistant:
         turns = [last]
-    if not _has_marks(tokenizer.get_chat_template(None, conversation.tools)):
+    if not _has_marks(_template(conversation, tokenizer)):
         spans = [_turn_span(conversation, tokenizer, text, turn) for turn in turns]
         return text, [_close(text, span, _specials(tokenizer), "") for span in spans]
     end = _end_token(*_rendered(conversation, tokenizer, last + 1), tokenizer)
     if train_on is TrainOn.last_assistant:
         marks = marks[len(_rendered(conversation, tokenizer, last)[1]) :]
     return text, [_close(text, span, _specials(tokenizer), end) for span in marks]
+
+
+def _template(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template for a conversation; of several by name, `tool_use` where there are tools, else `default`."""
+    try:
+        return tokenizer.get_chat_template(None, conversation.tools)
+    except ValueError as error:
+        raise UserError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and none is "
+            "called default. Choose one with model.chat_template=FILE."
+        ) from error
 
 
 def _has_marks(template: str) -> bool:
@@ -109,7 +142,7 @@ def _rendered(
     conversation: Conversation, tokenizer: PreTrainedTokenizerFast, turns: int, prompt: bool = False
 ) -> tuple[str, list[Span]]:
     """The first `turns` turns as text, and the spans of `{% generation %}` blocks, where the template has any."""
-    template = tokenizer.get_chat_template(None, conversation.tools)
+    template = _template(conversation, tokenizer)
     marks = _has_marks(template)
     try:
         texts, spans = render_jinja_template(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
@@ -25,6 +27,9 @@ from dsft.errors import UserError
 from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
 from dsft.model.rows import NEW, Gather, whole
 from dsft.model.shards import Shards
+from dsft.types import Probe
+
+GENERATION_CONFIG = "generation_config.json"
 
 ADAPTER = "default"
 """The name peft gives a model's first adapter."""
@@ -69,51 +74,62 @@ class _Piece:
 
 def write_model(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
+    companions: dict[str, bytes],
     directory: Path,
     *,
     gather: Gather,
     is_writer: bool,
     merge: bool,
     dtype: torch.dtype,
+    probe: Probe | None = None,
     max_shard_bytes: int = 5 * 2**30,
-) -> None:
+) -> Report | None:
     """Write the model so that `AutoModelForCausalLM.from_pretrained(directory)` loads it, tokenizer included.
 
     The parameters are gathered module by module: beside its own part a rank holds one module, and the writer one
-    shard in host memory. Every rank has to call this. The directory appears, or replaces an older one, only when whole.
+    shard in host memory. Every rank has to call this. The directory appears, or replaces an older one, only when it is
+    whole and has been compared with the probe.
 
     Args:
         model: Plain, or with LoRA adapters.
-        tokenizer: Written beside it with its chat template.
+        companions: Files that stand beside it: `companion_files`.
         directory: Where the model is to be.
         gather: Called with a list of parameters; `deepspeed.zero.GatheredParameters` under ZeRO-3, else a null context.
         is_writer: Whether this rank writes; exactly one does.
         merge: Add the adapters to the weights (in fp32). Otherwise only the adapters are written, for
             `PeftModel.from_pretrained`. A model without adapters is always written whole.
         dtype: Type of the written weights.
+        probe: What the trained model answered; None leaves the comparison out.
         max_shard_bytes: Largest safetensors file, unless one tensor alone is larger.
 
+    Returns:
+        How well the written model agrees with the probe; None on the ranks that do not write, and without a probe.
+
     Raises:
-        UserError: The disk is full or not writable; an older directory is still whole. Raised by the writer alone,
-            after all gathers, so that no other rank is left waiting.
+        UserError: The disk is full or not writable, or the written model is another than the one that was trained; an
+            older directory is still whole. Raised by the writer alone, after all gathers, so that no other rank is
+            left waiting.
     """
     directory = Path(directory).absolute()
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     adapters = isinstance(model, PeftModel) and not merge
     stem, limit = ("adapter_model", sys.maxsize) if adapters else ("model", max_shard_bytes)
     shards = Shards(unfinished, stem, limit)
-    for tensors in _stream(model, adapters, gather, is_writer, dtype):
+    for tensors in stream(model, adapters, gather, is_writer, dtype):
         shards.add(tensors)
     if not is_writer:
-        return
+        return None
     try:
         with disk_errors(directory):
             shards.close()
-            _write_configs(model, tokenizer, unfinished, adapters, dtype)
+            write_companions(companions, unfinished)
+            write_configs(model, unfinished, adapters, dtype)
+        report = verify(unfinished, probe, dtype, directory) if probe else None
+        with disk_errors(directory):
             _publish(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return report
 
 
 def check_replaceable(directory: Path) -> None:
@@ -131,23 +147,28 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
-def verify(directory: Path, probe_ids: torch.Tensor, expected_logits: torch.Tensor, dtype: torch.dtype) -> Report:
-    """Reload a written model on the CPU, as a user would, and compare its logits with the training model's.
+def verify(written: Path, probe: Probe, dtype: torch.dtype, destination: Path | None = None) -> Report:
+    """Reload a written model on the CPU, as a user would, and compare its logits with the trained model's.
 
     Args:
-        directory: What `write_model` wrote; adapters are put on the base model that they name.
-        probe_ids: int64, shape (1, tokens).
-        expected_logits: The training model's, in evaluation mode, shape (1, tokens, vocabulary).
-        dtype: Type to compute in, the training model's.
+        written: What `write_model` wrote; adapters are put on the base model that they name.
+        probe: What the trained model answered.
+        dtype: Type to compute in, the trained model's.
+        destination: Where it is to be, for messages, if not there already.
 
     Raises:
         UserError: It does not load, or the logits differ by more than TOLERANCE allows for `dtype`.
     """
     with plain_loading():
-        model = _reload(Path(directory), dtype).eval()
+        model = _reload(Path(written), dtype).eval()
     with torch.no_grad():
-        found = model(input_ids=probe_ids.cpu(), use_cache=False).logits.double()
-    expected = expected_logits.detach().cpu().double()
+        found = model(input_ids=probe.ids.cpu(), use_cache=False).logits.double()
+    expected = probe.logits.detach().cpu().double()
+    if found.shape != expected.shape:
+        raise UserError(
+            f"The model written to {destination or written} is not the one that was trained: it has "
+            f"{found.shape[-1]} logits at each position, and the trained one {expected.shape[-1]}. It was taken away."
+        )
     difference = found - expected
     report = Report(
         max_abs=difference.abs().max().item(),
@@ -157,18 +178,19 @@ def verify(directory: Path, probe_ids: torch.Tensor, expected_logits: torch.Tens
     # Written so that NaN, which compares false with everything, is refused.
     if not report.relative <= TOLERANCE[dtype]:
         raise UserError(
-            f"The model written to {directory} is not the one that was trained: its logits differ by "
+            f"The model written to {destination or written} is not the one that was trained: its logits differ by "
             f"{report.relative:.2e} (relative; {TOLERANCE[dtype]:.0e} is allowed in {_name(dtype)}), at most "
-            f"{report.max_abs:.3g}, and {report.argmax_agreement:.0%} of the likeliest tokens agree. Do not use it."
+            f"{report.max_abs:.3g}, and {report.argmax_agreement:.0%} of the likeliest tokens agree. It was taken "
+            "away; what stood there before is untouched."
         )
     return report
 
 
-def _stream(
+def stream(
     model: PreTrainedModel | PeftModel, adapters: bool, gather: Gather, is_writer: bool, dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The written model's tensors on the host, a decoder layer at a time; nothing but the gathers for other ranks."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     pieces = _adapter_pieces(base) if adapters else _whole_pieces(base)
     for _, group in groupby(pieces, key=lambda piece: piece.layer):
         tensors: dict[str, torch.Tensor] = {}
@@ -190,7 +212,9 @@ def _adapter_pieces(base: PreTrainedModel) -> Iterator[_Piece]:
     """Each adapter, under the names of the peft model."""
     for prefix, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            own = {n: p for n, p in module.named_parameters(f"base_model.model.{prefix}") if ".base_layer." not in n}
+            # peft wraps a mixture's experts once for each of their parameters, so a base layer may have adapters too
+            inner = {n: p for n, p in module.named_parameters() if not n.startswith("base_layer.")}
+            own = {f"base_model.model.{prefix}.{name}": parameter for name, parameter in inner.items()}
             yield _Piece(_layer(prefix), list(own.values()), own.copy)
 
 
@@ -233,6 +257,8 @@ def _merged(prefix: str, module: LoraLayer) -> dict[str, torch.Tensor]:
 
     LoRA (arXiv:2106.09685): W + s B A. DoRA (arXiv:2402.09353): the rows of that, rescaled to the trained magnitudes.
     """
+    if isinstance(module, ParamWrapper):
+        return _merged_parameters(prefix, module)
     layer = module.get_base_layer()
     # Conv1D of GPT-2 keeps its weight as (in, out).
     weight = whole(layer, "weight").float()
@@ -248,6 +274,32 @@ def _merged(prefix: str, module: LoraLayer) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _merged_parameters(prefix: str, module: ParamWrapper) -> dict[str, torch.Tensor]:
+    """The same of a module that peft adapts parameter by parameter, one wrapper around the next: a mixture's router,
+    or its experts, whose weights lie in one tensor of shape (experts, out, in) or (experts, in, out).
+    """
+    inside = module.get_base_layer().named_modules(prefix=prefix)
+    tensors = {f"{place}.{name}": tensor for place, part in inside for name, tensor in _own_tensors(part)}
+    wrapper: nn.Module = module
+    while isinstance(wrapper, ParamWrapper):
+        factors = wrapper.lora_A[ADAPTER].weight.float(), wrapper.lora_B[ADAPTER].weight.float()
+        name = f"{prefix}.{wrapper.parameter_name}"
+        tensors[name] = tensors[name].float() + wrapper.scaling[ADAPTER] * _expert_updates(wrapper, *factors)
+        wrapper = wrapper.base_layer
+    return tensors
+
+
+def _expert_updates(wrapper: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B A for each expert, laid out as the parameter is. peft puts the experts' rows of A one expert after the other,
+    and the columns of B with the expert running fastest."""
+    experts = wrapper.num_experts
+    shape = wrapper.get_param().shape
+    a = a.reshape(experts, -1, a.shape[1])  # (experts, rank, in)
+    b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # (experts, out, rank)
+    update = b @ a if wrapper._did_swap_in_out_features or len(shape) == 2 else (b @ a).transpose(1, 2)
+    return update.reshape(shape)
+
+
 def _layer(prefix: str) -> str:
     """`model.layers.3` for whatever lies in that layer, the module's own name outside of any."""
     match = re.match(r"(.*?\.\d+)(\.|$)", prefix)
@@ -255,49 +307,78 @@ def _layer(prefix: str) -> str:
 
 
 def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous copy in host memory, floating-point values as `dtype`."""
+    """A contiguous copy in host memory, floating-point values as `dtype`; shapes without values stay such."""
     wanted = dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to("cpu", wanted, copy=True).contiguous()
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", wanted, copy=True).contiguous()
 
 
 def _unshared(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with memory of its own, which safetensors asks for."""
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    return tensor.clone() if not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
-def _write_configs(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    adapters: bool,
-    dtype: torch.dtype,
-) -> None:
-    """All that stands beside the weights."""
-    tokenizer.save_pretrained(directory)
+def companion_files(tokenizer: PreTrainedTokenizerFast, generation_config: bytes | None) -> dict[str, bytes]:
+    """Name to content of the files that stand beside weights and config: tokenizer, chat templates, generation config.
+
+    Args:
+        tokenizer: As it is trained with.
+        generation_config: Content of `generation_config.json`; None for a model without one.
+
+    Raises:
+        UserError: The tokenizer cannot be saved.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as problem:  # whatever a tokenizer of any class holds that is no JSON
+            raise UserError(
+                f"the tokenizer cannot be saved, so no model could be written at the end: "
+                f"{type(problem).__name__}: {problem}"
+            ) from problem
+        files = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+        found = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in files}
+    if generation_config is not None:
+        found[GENERATION_CONFIG] = generation_config
+    return found
+
+
+def write_companions(companions: dict[str, bytes], directory: Path) -> None:
+    """Put `companion_files` into an existing directory."""
+    for name, content in companions.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+
+
+def write_configs(model: PreTrainedModel | PeftModel, directory: Path, adapters: bool, dtype: torch.dtype) -> None:
+    """The model's own config, or the adapters'."""
     if adapters:
+        (directory / GENERATION_CONFIG).unlink(missing_ok=True)  # the base model's own counts
         adapter_config = copy.deepcopy(model.peft_config[ADAPTER])
         adapter_config.inference_mode = True
         adapter_config.save_pretrained(directory)
         return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     config.architectures = [type(base).__name__]
     config.get_text_config().use_cache = True
+    # The weights are those of transformers' own class, and files of code are not written.
+    vars(config).pop("auto_map", None)
+    # Transformers refuses to save them here; they stand in the generation config.
+    for name in config._get_generation_parameters():
+        delattr(config, name)
     config.save_pretrained(directory)
-    if base.can_generate():
-        # save_pretrained would refuse generation settings that are inconsistent in many a published model.
-        base.generation_config.to_json_file(directory / "generation_config.json")
 
 
 def _publish(unfinished: Path, directory: Path) -> None:
     """Bring the whole new directory to disk and let it take the name, and the old one's place."""
     check_replaceable(directory)
     even_modes(unfinished)
-    for file in unfinished.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    for file in unfinished.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -315,6 +396,11 @@ def _reload(directory: Path, dtype: torch.dtype) -> nn.Module:
     path = named["base_model_name_or_path"]
     base = load_model(ModelSource(path, named.get("revision"), "", path), dtype, "eager")
     return PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside its adapters, if there are any."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _name(dtype: torch.dtype) -> str:

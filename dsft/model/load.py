@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,12 +47,17 @@ class ModelSource:
         revision: Commit of a hub id, None for a directory.
         fingerprint: Hex digest of the model's content, the same wherever its files lie.
         name: What the person asked for, for messages.
+        origin: The same for whoever asks from another working directory.
+        files: Name to hex digest of each file of a directory, or of the GGUF file; empty for a hub id, whose commit
+            says it all.
     """
 
     path: str
     revision: str | None
     fingerprint: str
     name: str
+    origin: str = ""
+    files: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/dsft") -> ModelSource:
@@ -71,12 +76,14 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
     """
     local = _inside_package(path) if path.startswith("package://") else Path(path).expanduser()
     if local.is_file() and local.suffix == ".gguf":
-        directory, digest = _converted(local, Path(cache_dir).expanduser())
-        return ModelSource(str(directory), None, digest, path)
+        directory, digest, content = _converted(local, Path(cache_dir).expanduser())
+        return ModelSource(str(directory), None, digest, path, _anywhere(path, local), {local.name: content})
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path}: the directory {local.resolve()} holds no config.json. {FORMS}")
-        return ModelSource(str(local.resolve()), None, _directory_digest(local), path)
+        files = _file_digests(local)
+        fingerprint = _digest(*(part for item in files.items() for part in item))
+        return ModelSource(str(local.resolve()), None, fingerprint, path, _anywhere(path, local), files)
     if local.is_file():
         raise UserError(f"model.path={path}: a file, but not a .gguf file. {FORMS}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".gguf"):
@@ -87,6 +94,10 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
 def on_hub(path: str) -> bool:
     """Whether `resolve` would ask the hub for `path`: nothing of this name lies here."""
     return not path.startswith("package://") and not Path(path).expanduser().exists()
+
+
+def _anywhere(path: str, local: Path) -> str:
+    return path if path.startswith("package://") else str(local.absolute())
 
 
 def _inside_package(path: str) -> Path:
@@ -119,17 +130,17 @@ def _on_hub(path: str, revision: str | None) -> ModelSource:
             f"{path!r}{at}: {_first_line(error)}. {FORMS}"
         ) from error
     commit = extract_commit_hash(config_file, None) or revision
-    return ModelSource(path, commit, _digest(path, commit), path)
+    return ModelSource(path, commit, _digest(path, commit), path, path)
 
 
-def _converted(file: Path, cache_dir: Path) -> tuple[Path, str]:
-    """Directory that holds the GGUF file's model in Hugging Face's layout, and the digest of its content."""
+def _converted(file: Path, cache_dir: Path) -> tuple[Path, str, str]:
+    """Directory that holds the GGUF file's model in Hugging Face's layout, its digest, and that of the GGUF file."""
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = _digest(content, CONVERSION, transformers.__version__)
     target = cache_dir / "models" / f"{file.stem}-{digest[:16]}"
     if target.is_dir():
-        return target, digest
+        return target, digest, content
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
@@ -141,7 +152,7 @@ def _converted(file: Path, cache_dir: Path) -> tuple[Path, str]:
                 )
                 _convert_gguf(file, partial)
                 partial.rename(target)
-    return target, digest
+    return target, digest, content
 
 
 def _convert_gguf(file: Path, directory: Path) -> None:
@@ -178,6 +189,14 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     """
     with _loading(source, "config.json"):
         return AutoConfig.from_pretrained(source.path, revision=source.revision)
+
+
+def load_generation_config(source: ModelSource) -> bytes | None:
+    """The model's `generation_config.json` byte for byte; None if it has none."""
+    try:
+        return Path(cached_file(source.path, "generation_config.json", revision=source.revision)).read_bytes()
+    except OSError:
+        return None
 
 
 def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -> PreTrainedTokenizerFast:
@@ -218,7 +237,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return _digest(json.dumps(backend), json.dumps(tokenizer.special_tokens_map), json.dumps(tokenizer.chat_template))
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, dtype: torch.dtype, attn_implementation: str, device: str | None = None
+) -> PreTrainedModel:
     """The model with all of its weights in `dtype`, in training shape (no key-value cache).
 
     Under ZeRO-3 it comes partitioned, if the engine keeps an `HfDeepSpeedConfig` alive.
@@ -227,6 +248,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str
         source: Where the model is.
         dtype: Type of the weights; the files' own is never used unasked.
         attn_implementation: Attention name that transformers knows.
+        device: Where its weights are loaded to; `meta` for their shapes alone. The host if not given.
 
     Raises:
         UserError: It cannot be read, takes no attention from outside, or lacks weights; they are listed.
@@ -238,6 +260,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, attn_implementation: str
                 revision=source.revision,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
+                device_map=device,
                 output_loading_info=True,
             )
     except KeyError as error:  # an architecture with a table of attentions of its own
@@ -331,17 +354,18 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8")).hexdigest()
 
 
-def _directory_digest(directory: Path, edge: int = 1 << 20) -> str:
-    """Hex digest of a model directory: names, sizes, and the first and last MiB of each file.
+def _file_digests(directory: Path, edge: int = 1 << 20) -> dict[str, str]:
+    """Name to hex digest of each file in a model directory: its size, and its first and last MiB.
 
     Weights that differ do so everywhere; reading all of a 100 GB model on every rank would take minutes.
     """
-    state = hashlib.sha256()
+    found = {}
     for file in sorted(p for p in directory.iterdir() if p.is_file()):
         size = file.stat().st_size
-        state.update(f"{file.name}\0{size}\0".encode())
+        state = hashlib.sha256(str(size).encode())
         with file.open("rb") as stream:
             state.update(stream.read(edge))
             stream.seek(max(edge, size - edge))
             state.update(stream.read(edge))
-    return state.hexdigest()
+        found[file.name] = state.hexdigest()
+    return found

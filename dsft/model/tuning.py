@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -59,6 +60,12 @@ def describe(model: nn.Module) -> Counts:
     """Trainable and total parameters; right under ZeRO-3 too, where a rank holds only its part of each."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return Counts(trainable=sum(n for n, trained in sizes if trained), total=sum(n for n, _ in sizes))
+
+
+def adapters(model: nn.Module) -> dict[str, list[float]]:
+    """Rank and scale of each adapter by the name of its module, as it computes with them; empty without adapters."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: [m.r[a], m.scaling[a]] for name, m in found.items() for a in m.lora_A}
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -139,9 +146,28 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftMo
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks transformers by a name that transformers is giving up.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # It looks for the parameters of a mixture's experts among the modules first.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         torch.default_generator.manual_seed(seed)
         # Adapters in the weights' own type: fp32 ones on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as problem:
+            raise UserError(_refusal(tuning, problem)) from problem
+
+
+def _refusal(tuning: TuningConfig, problem: ValueError) -> str:
+    """Why peft takes no adapters of this kind, in settings."""
+    given = [f"tuning.dropout={tuning.dropout}"] if tuning.dropout else []
+    given += ["tuning.use_dora=true"] if tuning.use_dora else []
+    if "ParamWrapper" in str(problem) and given:
+        targets = ",".join(tuning.target_modules)
+        return (
+            f"{' and '.join(given)} cannot be had with tuning.target_modules=[{targets}] here: this model keeps its "
+            "experts in one tensor, which is adapted as a whole. Leave it out, or name linear layers of the attention, "
+            "such as tuning.target_modules=[q_proj,k_proj,v_proj,o_proj]."
+        )
+    return f"tuning=lora: peft takes no adapters for this model: {problem}"
 
 
 def _targets(model: PreTrainedModel, names: list[str]) -> str | list[str]:

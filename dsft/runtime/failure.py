@@ -52,6 +52,20 @@ _ECHOES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by pee
 _HARMLESS_THREADS = ("wandb", "tqdm")
 
 
+_BEFORE_THE_END: list[Callable[[], None]] = []
+
+
+@contextmanager
+def given_back(give_back: Callable[[], None]) -> Iterator[None]:
+    """Call `give_back` on leaving, and also where another rank's failure ends this process from within."""
+    _BEFORE_THE_END.append(give_back)
+    try:
+        yield
+    finally:
+        _BEFORE_THE_END.remove(give_back)
+        give_back()
+
+
 class PeerFailed(RuntimeError):
     """Another rank failed; on this one nothing is wrong."""
 
@@ -232,6 +246,9 @@ class _Watch:
             if self._hub and self._hub.is_alive():
                 late.cancel()
                 self._hub.done.wait(PRINTING + ARRIVING)
+        with contextlib.suppress(BaseException):
+            for give_back in _BEFORE_THE_END:
+                give_back()
         os._exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """TERM from schedulers and launchers, USR1 from Slurm's `--signal`, INT from a keyboard."""
@@ -23,3 +24,8 @@ class StopRequest:
         if number == signal.SIGINT and self.received:
             signal.default_int_handler(number, _frame)
         self.received = signal.Signals(number).name
+
+
+def exit_when_terminated() -> None:
+    """Let SIGTERM end the process in an orderly way, so that what it holds is given back; for before a StopRequest."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))

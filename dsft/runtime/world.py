@@ -5,6 +5,7 @@ Collectives move small host values (a few numbers, a string); gradients and weig
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import socket
@@ -25,6 +26,10 @@ from dsft.runtime.place import Place
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for the slowest rank: as long as saving or evaluating may keep one busy."""
+
+
+_MEETINGS = itertools.count()
+"""Numbers the exchanges of a process, which all ranks go through in the same order."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,25 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value)
         return box
+
+    def exchange(self, message: str, seconds: float | None = None) -> list[str]:
+        """Every rank's message, in the order of ranks, by way of the store at which ranks met and not a collective.
+
+        Args:
+            message: This rank's.
+            seconds: How long to wait for the others; as long as for a collective if not given.
+
+        Raises:
+            TimeoutError: Some rank said nothing in time.
+        """
+        store, meeting = dist.distributed_c10d._get_default_store(), next(_MEETINGS)
+        keys = [f"dsft/{meeting}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], message.encode())
+        try:
+            store.wait(keys, TIMEOUT if seconds is None else timedelta(seconds=seconds))
+        except RuntimeError as silence:
+            raise TimeoutError(f"a rank said nothing for {seconds or TIMEOUT.total_seconds():.0f} s") from silence
+        return [store.get(key).decode() for key in keys]
 
     def agree(self, what: str, value: str) -> None:
         """Make sure that every rank has the same value.

@@ -40,9 +40,14 @@ class Tracker:
     def rewind(self, step: int) -> int:
         """Drop the rows and samples of steps after `step`; -1 starts anew. Returns how many rows were dropped."""
         kept = [sample for sample in self._all_samples() if sample["step"] <= step]
+        dropped = self._metrics.rewind(step)
         if self._samples.exists():
             write_json(self._samples, kept)
-        return self._metrics.rewind(step)
+        return dropped
+
+    def attach(self, wandb: WandbSink) -> None:
+        """Send everything from now on to W&B as well."""
+        self._wandb = wandb
 
     def write(self, row: dict[str, float]) -> None:
         """Record and show one row: `step` and metrics declared in `dsft.metrics.METRICS`, else ValueError."""
@@ -97,6 +102,8 @@ class NullTracker:
 
     def rewind(self, step: int) -> int:
         return 0
+
+    def attach(self, wandb: WandbSink) -> None: ...
 
     def write(self, row: dict[str, float]) -> None: ...
 

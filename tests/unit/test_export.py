@@ -27,12 +27,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from dsft import checkpoint
 from dsft import export as command
 from dsft.config import load as configs
 from dsft.config.schema import Config, Method, TuningConfig
+from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import export, shards, tuning
 from dsft.model import load as loading
+from dsft.types import Probe
 
 IDS = torch.arange(12).reshape(1, 12)
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -80,8 +83,15 @@ def adapted(model, trained: float = 0.3, **settings) -> PeftModel:
 
 def write(model, directory, merge=True, dtype=torch.float32, **settings):
     settings = {"gather": lambda parameters: nullcontext(), "is_writer": True} | settings
-    export.write_model(model, tokenizer(), directory, merge=merge, dtype=dtype, **settings)
+    generation = model.generation_config.to_json_string().encode()
+    companions = export.companion_files(tokenizer(), generation)
+    export.write_model(model, companions, directory, merge=merge, dtype=dtype, **settings)
     return directory
+
+
+def probe(model) -> Probe:
+    """What the model answers to IDS."""
+    return Probe(IDS, logits(model).float())
 
 
 def logits(model) -> torch.Tensor:
@@ -152,7 +162,7 @@ def test_merged_adapters_are_what_peft_merges(build, settings, tmp_path):
     merged = model.merge_and_unload().state_dict()
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
-    report = export.verify(tmp_path / "model", IDS, trained, torch.float32)
+    report = export.verify(tmp_path / "model", Probe(IDS, trained), torch.float32)
     assert report.relative < 1e-5
     assert report.argmax_agreement == 1
 
@@ -179,7 +189,7 @@ def test_adapters_alone_go_back_onto_their_base(settings, tmp_path):
     assert not list((tmp_path / "adapter").glob("model*"))
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
-    assert export.verify(tmp_path / "adapter", IDS, logits(model), torch.float32).max_abs < 1e-6
+    assert export.verify(tmp_path / "adapter", probe(model), torch.float32).max_abs < 1e-6
 
 
 def test_parameters_are_gathered_a_module_at_a_time_and_the_same_on_every_rank(tmp_path):
@@ -223,7 +233,7 @@ def test_weights_are_read_only_while_gathered(tmp_path):
     for p in model.parameters():
         p.data = torch.empty(0)
     write(model, tmp_path / "model", gather=gather)
-    export.verify(tmp_path / "model", IDS, expected, torch.float32)
+    export.verify(tmp_path / "model", Probe(IDS, expected), torch.float32)
 
 
 def test_a_full_disk_leaves_the_old_model_and_keeps_no_rank_waiting(tmp_path, monkeypatch):
@@ -256,7 +266,7 @@ def test_a_new_model_replaces_the_old_one_whole(tmp_path):
     write(tiny_qwen2(), tmp_path / "model")
     assert [f.name for f in (tmp_path / "model").glob("*.safetensors*")] == ["model.safetensors"]
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
-    export.verify(tmp_path / "model", IDS, logits(tiny_qwen2()), torch.float32)
+    export.verify(tmp_path / "model", probe(tiny_qwen2()), torch.float32)
 
 
 def test_a_directory_of_other_things_is_not_replaced(tmp_path):
@@ -270,12 +280,12 @@ def test_a_directory_of_other_things_is_not_replaced(tmp_path):
 def test_verification_finds_one_wrong_projection(dtype, tmp_path):
     model = tiny_llama(initializer_range=0.3).to(dtype)
     write(model, tmp_path / "model", dtype=dtype)
-    report = export.verify(tmp_path / "model", IDS, logits(model), dtype)
+    report = export.verify(tmp_path / "model", probe(model), dtype)
     assert report.relative < export.TOLERANCE[dtype] / 2
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= -1
     with pytest.raises(UserError, match="is not the one that was trained"):
-        export.verify(tmp_path / "model", IDS, logits(model), dtype)
+        export.verify(tmp_path / "model", probe(model), dtype)
 
 
 def test_the_weights_are_as_readable_as_the_rest(tmp_path):
@@ -286,63 +296,157 @@ def test_the_weights_are_as_readable_as_the_rest(tmp_path):
 def test_verification_refuses_logits_that_are_not_numbers(tmp_path):
     write(tiny_llama(), tmp_path / "model")
     with pytest.raises(UserError, match="is not the one that was trained"):
-        export.verify(tmp_path / "model", IDS, torch.full((1, 12, 32), torch.nan), torch.float32)
+        export.verify(tmp_path / "model", Probe(IDS, torch.full((1, 12, 32), torch.nan)), torch.float32)
 
 
-@pytest.fixture
-def run_dir(tmp_path, monkeypatch) -> Path:
-    """A finished bf16 LoRA run, its checkpoint read as DeepSpeed's fp32 masters of the trained weights alone."""
+class Engine:
+    """Stands where a DeepSpeed engine would: saves the trained weights as a stage below 3 does, and answers."""
+
+    stage = 2
+
+    def __init__(self, model):
+        self.model = model
+
+    def save(self, directory, tag, frozen):
+        trained = {f"model.{name}": p.float() for name, p in self.model.named_parameters() if p.requires_grad}
+        torch.save({"module": trained}, Path(directory) / tag / "mp_rank_00_model_states.pt")
+
+    def logits(self, batch):
+        with torch.no_grad():
+            return self.model.eval()(input_ids=batch.input_ids).logits.float()
+
+
+WORLD = SimpleNamespace(rank=0, size=1, is_main=True, gather_objects=lambda value: [value], all_succeed=lambda _: None)
+
+
+def trained(home: Path, precision: str = "bf16", **settings) -> Path:
+    """The run directory of a LoRA run whose adapters have moved far, with one checkpoint."""
     config = Config()
-    config.deepspeed.json = "zero2.json"
-    config.model.path = str(tiny.save(tmp_path / "base"))
-    config.tuning = TuningConfig(method=Method.lora, rank=4)
-    model = loading.load_model(loading.resolve(config.model.path), torch.bfloat16, "eager")
-    model = tuning.apply(model, config.tuning, seed=0)
-    masters = {name: p.float() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
-    (tmp_path / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
-    (tmp_path / "ds_config.json").write_text(json.dumps({"bf16": {"enabled": True}, "fp16": {"enabled": False}}))
-    found = SimpleNamespace(
-        find=lambda run, which: run / which,
-        damage=lambda path: None,
-        read_state=lambda path: {"new_tokens": []},
-        weights=lambda path: masters,
-    )
-    monkeypatch.setattr(command, "checkpoint", found)
-    return tmp_path
+    config.deepspeed.json, config.model.path = "zero2.json", str(home / "base")
+    config.tuning = TuningConfig(method=Method.lora, rank=4, **settings)
+    source = loading.resolve(str(tiny.save(home / "base")))
+    model = tuning.apply(loading.load_model(source, command.DTYPES[precision], "eager"), config.tuning, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    identity = {
+        "precision": precision,
+        "model.path": {"origin": source.origin, "revision": None, "fingerprint": source.fingerprint}
+        | {"files": source.files},
+    }
+    state = {"identity": identity, "adapters": tuning.adapters(model), "new_tokens": [], "best_step": 1}
+    record = checkpoint.Record(configs.to_yaml(config), export.companion_files(tiny.tokenizer(), b"{}"))
+    document = collate([tiny.examples(1)[0]])
+    checkpoint.save(home / "run", 1, Engine(model), WORLD, state, False, record, document)
+    return home / "run"
 
 
-def test_a_checkpoint_becomes_a_merged_model_or_adapters(run_dir):
-    output, report = command.export(run_dir, "best", merge=True)
-    assert output == run_dir / "model"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that no test changes."""
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+def rewrite(path: Path, name: str, change) -> None:
+    """Change a file of a checkpoint, and let its manifest agree."""
+    (path / name).write_bytes(change((path / name).read_bytes()))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = checkpoint._describe(path / name)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_becomes_a_merged_model_or_adapters(run, tmp_path):
+    output, report = command.export(run, "best", merge=True, output=tmp_path / "model")
     assert load_file(output / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert 0 < report.relative < export.TOLERANCE[torch.bfloat16]
-    output, report = command.export(run_dir, "best", merge=False, output=run_dir / "adapter")
+    output, report = command.export(run, "best", merge=False, output=tmp_path / "adapter")
     assert report.max_abs == 0
     stored = load_file(output / "adapter_model.safetensors")
-    masters = command.checkpoint.weights(None)
+    masters = checkpoint.weights(checkpoint.find(run, "last"))
     assert len(stored) == len(masters)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B"
     assert torch.equal(stored[f"{name}.weight"], masters[f"{name}.default.weight"].bfloat16())
 
 
-def test_adapters_alone_cannot_hold_new_tokens(run_dir, monkeypatch):
+def test_only_the_checkpoint_says_what_its_model_is_made_of(tmp_path):
+    """After a refused `tuning.alpha=256`, or whatever else was written into the run's directory."""
+    run = trained(tmp_path)
+    (run / "config.yaml").write_text("{model: {path: elsewhere}, tuning: {alpha: 256}, deepspeed: {json: x.json}}")
+    (run / "ds_config.json").write_text('{"fp16": {"enabled": true}}')
+    output, _ = command.export(run)
+    assert load_file(output / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(output).chat_template == tiny.CHATML
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("which", ["alpha", "base"])
+def test_the_check_compares_with_what_was_trained(which, merge, tmp_path):
+    """A wrong scale or another base is found by the logits alone, where all else agrees; nothing is replaced."""
+    run = trained(tmp_path, "fp32")
+    path = checkpoint.find(run, "last")
+    command.export(run, merge=merge)
+    before = {file.name: file.read_bytes() for file in (run / "model").iterdir()}
+    if which == "alpha":
+        rewrite(path, "config.yaml", lambda text: text.replace(b"alpha: 32.0", b"alpha: 40.0"))
+        rewrite(path, "state.json", lambda text: text.replace(b" 8.0", b" 10.0"))
+    else:
+        source = loading.resolve(str(tiny.save(tmp_path / "base", seed=1)))
+        old = json.loads((path / "state.json").read_text())["identity"]["model.path"]["files"]["model.safetensors"]
+        rewrite(path, "state.json", lambda text: text.replace(old.encode(), source.files["model.safetensors"].encode()))
+    with pytest.raises(UserError, match="is not the one that was trained: its logits differ by"):
+        command.export(run, merge=merge)
+    assert {file.name: file.read_bytes() for file in (run / "model").iterdir()} == before
+    assert not [path for path in run.iterdir() if "unfinished" in path.name]
+
+
+def test_adapters_of_another_scale_are_named(tmp_path):
+    """In bf16 a scale that is off by a little hides below what the logits may deviate by."""
+    run = trained(tmp_path)
+    rewrite(checkpoint.find(run, "last"), "config.yaml", lambda text: text.replace(b"alpha: 32.0", b"alpha: 33.0"))
+    with pytest.raises(
+        UserError, match=r"q_proj had rank and scale \[4, 8.0\], and would have \[4, 8.25\]|had rank and"
+    ):
+        command.export(run)
+
+
+def test_a_base_model_that_changed_or_moved_is_said(tmp_path):
+    run = trained(tmp_path)
+    base = tmp_path / "base"
+    (base / "README.md").write_text("of no consequence")
+    command.export(run)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"no file or directory .* was moved since the run, say where: model\.path="):
+        command.export(run)
+    command.export(run, model_path=str(tmp_path / "moved"))
+    tiny.save(base, seed=1)
+    with pytest.raises(UserError, match=r"base is not the base model of the run: model\.safetensors changed"):
+        command.export(run)
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    run = trained(tmp_path)
+    (checkpoint.find(run, "last") / "config.yaml").write_text("alpha: 256")
+    with pytest.raises(UserError, match=r"step-000001 is no whole checkpoint: config\.yaml has 10 bytes"):
+        command.export(run)
+
+
+def test_adapters_alone_cannot_hold_new_tokens(tmp_path):
     """Their rows are no adapter: the base model lacks them, trained or not."""
-    monkeypatch.setattr(command.checkpoint, "read_state", lambda path: {"new_tokens": ["狐狸"]})
+    run = trained(tmp_path)
+    change = lambda text: text.replace(b'"new_tokens": []', '"new_tokens": ["狐狸"]'.encode())  # noqa: E731
+    rewrite(checkpoint.find(run, "last"), "state.json", change)
     with pytest.raises(UserError, match=r"merge=false .* 1 new tokens, whose rows the base model .* lacks"):
-        command.export(run_dir, merge=False)
-    assert not (run_dir / "model").exists()
+        command.export(run, merge=False)
+    assert not (run / "model").exists()
 
 
-def test_a_damaged_checkpoint_is_not_exported(run_dir, monkeypatch):
-    monkeypatch.setattr(command.checkpoint, "damage", lambda path: "state.json is missing")
-    with pytest.raises(UserError, match=r"last is no whole checkpoint: state\.json is missing"):
-        command.export(run_dir)
-
-
-def test_adapters_alone_need_adapters(run_dir):
-    (run_dir / "config.yaml").write_text("{model: {path: somewhere}, deepspeed: {json: zero2.json}}", encoding="utf-8")
-    with pytest.raises(UserError, match="run with tuning=full"):
-        command.export(run_dir, merge=False)
+def test_adapters_alone_need_adapters(tmp_path):
+    run = trained(tmp_path)
+    rewrite(checkpoint.find(run, "last"), "config.yaml", lambda text: text.replace(b"method: lora", b"method: full"))
+    with pytest.raises(UserError, match="trained with tuning=full"):
+        command.export(run, merge=False)
 
 
 def test_checkpoint_weights_have_to_fit_the_model():
@@ -383,4 +487,5 @@ def test_the_command_line_names_what_is_wrong(arguments, message):
         "which": "last",
         "merge": False,
         "output": None,
+        "model_path": None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ class Loader:
 class Evaluator:
     """Finds the losses it is given, the first of them before step 0."""
 
+    problems: ClassVar[list[str]] = []
+
     def __init__(self, losses):
         self.losses = iter(losses)
 
@@ -68,7 +71,7 @@ class Evaluator:
         return {"eval/loss": next(self.losses)}
 
     def answers(self, engine):
-        return []
+        return [], self.problems
 
 
 class Tracker:
@@ -197,3 +200,12 @@ def test_no_validation_set_means_no_evaluation(make):
     made = make(total=5)
     made.run()
     assert evaluated(made) == [] and made.counters.best is None
+
+
+def test_samples_that_cannot_be_had_are_counted_and_do_not_end_a_run(make):
+    made = make(losses=[9] * 9, total=4)
+    made.evaluator.problems = ["rank 1: RuntimeError: out of memory", "another"]
+    assert made.run() is None
+    warnings = [note for note in made.tracker.notes if note.startswith("warning: 2 of 2 samples")]
+    assert len(warnings) == 2  # before the first step and at the end
+    assert "rank 1: RuntimeError: out of memory" in warnings[0]

@@ -1,0 +1,57 @@
+"""A directory that one process at a time works in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from dsft.errors import UserError
+from dsft.runtime.failure import given_back
+
+LOCK = ".lock"
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Hold the run directory for this process alone, and leave it as if it had never been held.
+
+    The directory is made where it is missing. On leaving, the lock file and whatever was made goes away again, unless
+    something has been put into it meanwhile.
+
+    Raises:
+        UserError: Another run holds it, or it cannot be written to.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]  # innermost first
+    file = directory / LOCK
+    lock = filelock.FileLock(file, timeout=0, thread_local=False)
+    left_by_a_kill = file.exists()
+
+    def leave() -> None:
+        if lock.is_locked:
+            if not left_by_a_kill:
+                file.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds it gone, and retries
+            lock.release()
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+    with given_back(leave):
+        with _wording(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        yield
+
+
+@contextmanager
+def _wording(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except filelock.Timeout:
+        raise UserError(f"another run is using run_dir={run_dir}; wait for it, or choose another run_dir") from None
+    except NotImplementedError:
+        raise UserError(f"run_dir={run_dir} is on a file system without locks; choose another place") from None
+    except OSError as problem:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {problem.strerror}") from None
