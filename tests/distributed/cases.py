@@ -206,22 +206,60 @@ def save(
     return {"saved": saved, "straight": straight, "resumed": resumed}
 
 
-def generate(world, *, model_dir: str, prompts: list[list[int]], **options) -> list[list[int]]:
-    """Greedy answers of 8 tokens."""
+class Keep:
+    """A tokenizer that shows tokens as they are."""
+
+    pad_token_id = 0
+
+    def decode(self, ids, **_):
+        return list(ids)
+
+
+def _prompts(prompts: list[list[int]]) -> Examples:
     from dsft.types import Example
 
-    class Keep:
-        """A tokenizer that shows tokens as they are."""
+    return Examples([Example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
 
-        pad_token_id = 0
 
-        def decode(self, ids, **_):
-            return list(ids)
-
-    data = Examples([Example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
+def generate(
+    world, *, model_dir: str, prompts: list[list[int]], stop: tuple[int, ...] = (), **options
+) -> list[list[int]]:
+    """Greedy answers of 8 tokens."""
     with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(data, Keep(), world, None, 96, len(prompts), 8)
-        return [sample["answer"] for sample in evaluator.answers(made)]
+        evaluator = Evaluator(_prompts(prompts), Keep(), world, None, 96, len(prompts), 8, stop)
+        answers, problems = evaluator.answers(made)
+        assert not problems, problems
+        return [sample["answer"] for sample in answers]
+
+
+def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **options) -> Any:
+    """What becomes of two samples whose first fails on some ranks, `before` or `inside` its second forward pass.
+
+    Returns the answers, the problems, and the loss of a training step after them; or the error that ended it.
+    """
+    from dsft import evaluate
+
+    evaluate.PATIENCE = 3.0
+    data = Examples(tiny.examples(8))
+    with engine(world, model_dir, micro_batch_size=4, **options) as made:
+        evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), Keep(), world, None, 96, 2, 4)
+        model, calls = made.module.model, []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 2 and world.rank in failing:
+                raise RuntimeError("the device is out of memory")
+
+        at = model if where == "before" else model.model.layers[1]
+        hook = at.register_forward_pre_hook(fail)
+        try:
+            answers, problems = evaluator.answers(made)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        hook.remove()
+        step = next(iter(loader(world, data, "none", 4, 1)))
+        tally, _ = made.train_step(step.batches, step.supervised, 1.0)
+        return [sample["answer"] for sample in answers], problems, float(tally.sums["nll"])
 
 
 def load_error(world, *, model_dir: str, path: str, **options) -> str:

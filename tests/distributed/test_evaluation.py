@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import cases
 import numpy as np
 import pytest
@@ -64,3 +67,55 @@ def test_answers_are_those_of_transformers(pools, model_dir, stage):
     ]
     for found in pools(2).run(cases.generate, model_dir=model_dir, prompts=prompts, stage=stage):
         assert found == plain
+
+
+def test_samples_take_no_settings_of_the_models(pools, model_dir, tmp_path):
+    """Beams, sampling, stop strings, assistants ... in generation_config.json would crash step 0 or change answers."""
+    hostile = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "num_beams": 4,
+        "num_beam_groups": 2,
+        "num_return_sequences": 4,
+        "penalty_alpha": 0.6,
+        "top_k": 4,
+        "stop_strings": ["the"],
+        "max_length": 3,
+        "min_new_tokens": 7,
+        "forced_eos_token_id": 5,
+        "suppress_tokens": [3, 4, *range(6, 200)],
+        "no_repeat_ngram_size": 1,
+        "repetition_penalty": 5.0,
+        "prompt_lookup_num_tokens": 3,
+        "dola_layers": "high",
+        "cache_implementation": "static",
+        "guidance_scale": 3.0,
+        "watermarking_config": {"bias": 9.0},
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "eos_token_id": 2,
+    }
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(hostile))
+    prompts = [[5, 6, 7, 8], [300, 4, 9]]
+    expected, _ = pools(2).run(cases.generate, model_dir=model_dir, prompts=prompts)
+    for found in pools(2).run(cases.generate, model_dir=str(tmp_path / "model"), prompts=prompts):
+        assert found == expected
+    stop = expected[0][2]
+    for found in pools(2).run(cases.generate, model_dir=model_dir, prompts=prompts, stop=(stop,), method="lora"):
+        assert found[0] == expected[0][: expected[0].index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "failing", "where"),
+    [("zero2", [1], "inside"), ("zero2", [0, 1], "before"), ("zero3", [0, 1], "before"), ("zero3", [0, 1], "inside")],
+)
+def test_a_sample_that_fails_is_reported_and_the_run_goes_on(pools, model_dir, stage, failing, where):
+    """On some ranks below ZeRO-3, on all of them under it; the training step after it is as without."""
+    options = {"model_dir": model_dir, "stage": stage, "where": where}
+    clean = pools(2).run(cases.failing_samples, **options, failing=[])
+    rows = pools(2).run(cases.failing_samples, **options, failing=failing)
+    for (answers, problems, nll), (all_answers, _, expected) in zip(rows, clean):
+        assert answers == all_answers[1:]
+        assert problems == [f"rank {failing[0]}: RuntimeError: the device is out of memory"]
+        assert nll == expected
