@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 
 from dsft.engine import Engine
 from dsft.errors import UserError
-from dsft.runtime.files import sync_directory, write_json, write_text
+from dsft.runtime.files import sync_directory, write_bytes, write_json, write_text
 from dsft.runtime.seeds import random_state, restore_random_state
 from dsft.runtime.world import World
 from dsft.types import Batch, Probe
@@ -345,7 +346,7 @@ def _write_record(part: Path, record: Record | None, probe: Probe | None) -> Non
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
     if probe is not None:
-        save_file({"ids": probe.ids.cpu().contiguous(), "logits": probe.logits.contiguous()}, part / PROBE)
+        write_bytes(part / PROBE, tensor_bytes({"ids": probe.ids.cpu().contiguous(), "logits": probe.logits}))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+import yaml
 
 from dsft.config.schema import Attention, Fp16Config, Method, OptimConfig, Packing, TuningConfig
 from dsft.data.loader import Loader
@@ -346,3 +347,48 @@ def _raised(call) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def digest(directory: str) -> dict[str, str]:
+    """Every directory and file below, hidden ones too, with a hash of its content."""
+    import hashlib
+
+    found = {}
+    for path in sorted(Path(directory).rglob("*")):
+        name = str(path.relative_to(directory))
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+    return found
+
+
+def runs(world, *, settings: list[dict], watched: str) -> list[tuple[Any, bool]]:
+    """`dsft.train.run` with each of these configs, one after the other, in this world.
+
+    Returns:
+        For each, its exit code or the message with which it was refused, and whether anything in the directory
+        `watched` is other than before it.
+    """
+    from dsft import train as command
+    from dsft.config import load
+    from dsft.errors import UserError
+
+    outcomes, made = [], []
+
+    class Kept(Engine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    command.join, command.leave, command.Engine = (lambda place: world), (lambda: None), Kept
+    for config in settings:
+        before = digest(watched)
+        world.exchange("")  # nobody writes before all have looked
+        try:
+            outcome = command.run(load.parse_yaml(yaml.safe_dump(config), "settings"), world.place)
+        except UserError as error:
+            outcome = str(error)
+        world.exchange("")
+        outcomes.append((outcome, digest(watched) != before))
+        while made:
+            made.pop().close()
+        gc.collect()
+    return outcomes
