@@ -171,7 +171,7 @@ def test_saved_resumed_and_exported(pools, models, tmp_path, stage, tied, method
     put_weights(model, checkpoint.weights(path), str(path))
     export.write_model(
         model,
-        tiny.tokenizer(),
+        export.companion_files(tiny.tokenizer(), None),
         tmp_path / "model",
         gather=lambda parameters: nullcontext(),
         is_writer=True,

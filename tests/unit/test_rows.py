@@ -211,7 +211,7 @@ def test_the_written_model_has_the_trained_rows(tmp_path, family, settings):
         step(model, GROWN.size)  # the first moves one half of an adapter alone
     export.write_model(
         model,
-        tiny.tokenizer(),
+        export.companion_files(tiny.tokenizer(), None),
         tmp_path / "model",
         gather=lambda parameters: nullcontext(),
         is_writer=True,
