@@ -114,7 +114,7 @@ def watched(place: Place, explain: Callable[[Exception], str | None]) -> Iterato
     Raises:
         UserError: The port on which ranks meet is taken.
     """
-    if sys.__stderr__:
+    if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in native code shows where
     watch = _Watch(place, explain)
     previous, threading.excepthook = threading.excepthook, watch.thread_failed

@@ -445,6 +445,28 @@ def test_a_healthy_run_goes_on(run, behave, who):
     assert outcome.codes == [0, 0] and outcome.terminal == ""
 
 
+def is_watched_for_nothing() -> None:
+    """Its threads are not once woken up."""
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, failure._Hub | failure._Line)]
+    files = [Path(f"/proc/self/task/{thread.native_id}/status") for thread in threads]
+
+    def switches() -> list[str]:
+        return [line for file in files for line in file.read_text().splitlines() if "ctxt_switches" in line]
+
+    time.sleep(0.3)
+    before = switches()
+    time.sleep(0.5)
+    after = switches()
+    time.sleep(0.5)  # until the other rank has looked too: the hub hears it take its leave
+    assert before and after == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not count context switches")
+def test_it_costs_nothing_while_all_is_well(run):
+    outcome = run(is_watched_for_nothing, is_watched_for_nothing)
+    assert outcome.codes == [0, 0], outcome.terminal
+
+
 def fails_while_asked_to_stop() -> None:
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGTERM)
