@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -395,8 +395,8 @@ class _Hub(threading.Thread):
         self._is_silent(rank)
         if self._cause is None:
             self._offer(_gone(rank, about["local_rank"], about["host"]))
-        elif rank == self._cause.rank:
-            self._end_others()
+        elif rank == self._cause.rank and not self._ending:
+            self._speak_for_it()
         self._look_round()
 
     def _look_round(self) -> None:
@@ -437,6 +437,11 @@ class _Hub(threading.Thread):
         else:
             self._end_others()
 
+    def _speak_for_it(self) -> None:
+        """The rank that failed could not print, or was killed before it could: another one repeats its message."""
+        self._cause = replace(self._cause, silent=True)
+        self._end_others()
+
     def _end_others(self) -> None:
         if self._ending:
             return
@@ -450,12 +455,11 @@ class _Hub(threading.Thread):
     def _too_late(self) -> None:
         self._deadline = None
         if self._cause is None:
-            held = self._held
-            self._offer(Cause(**(asdict(held) | {"echo": False})))
+            self._offer(replace(self._held, echo=False))
         elif not self._printing:
             self._let_print()
         elif not self._ending:
-            self._end_others()
+            self._speak_for_it()
         else:
             self.done.set()
 

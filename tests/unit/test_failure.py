@@ -500,6 +500,7 @@ def test_a_rank_whose_output_is_stuck_ends_all_the_same(run, who):
     behaviours[who] = unread
     outcome = run(*behaviours)
     assert outcome.codes == [1, 1] and outcome.seconds < 10
+    assert outcome.said[1 - who] == f"error: rank {who} on {socket.gethostname()}: ValueError: the pump is dry\n"
 
 
 def test_torchrun_shows_the_cause(run, tmp_path):
