@@ -183,9 +183,23 @@ def _other_model(setting: str, before: Any, now: Any) -> str:
     )
 
 
+def _other_tokens(setting: str, before: list[str] | None, now: list[str]) -> str:
+    before = before or []
+    gone = [f"{token!r} is missing" for token in before if token not in now]
+    new = [f"{token!r} was not there" for token in now if token not in before]
+    what = (gone + new)[:TOKENS_SHOWN] or ["they come in another order"]
+    more = f" and {len(gone + new) - TOKENS_SHOWN} more differ" if len(gone + new) > TOKENS_SHOWN else ""
+    return (
+        f"was saved with {len(before)} new tokens, and {setting} gives {len(now)} now: {', '.join(what)}{more}. Give "
+        "the same tokens in the same order, or choose another run_dir."
+    )
+
+
 DATA = "data.train"
 MODEL = "model.path"
-_DIFFERENCES = {DATA: _other_data, MODEL: _other_model}
+NEW_TOKENS = "data.new_tokens"
+TOKENS_SHOWN = 4
+_DIFFERENCES = {DATA: _other_data, MODEL: _other_model, NEW_TOKENS: _other_tokens}
 """How a difference is said, where setting and values alone do not say it."""
 
 

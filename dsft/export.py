@@ -112,8 +112,7 @@ def _model(
 ) -> nn.Module:
     """The model as it was built for training, with its new tokens, its adapters as they were."""
     model = models.load_model(source, dtype, "eager")
-    tokenizer = models.load_tokenizer(source)
-    words = vocabulary.extend(tokenizer, state["new_tokens"], model.config.get_text_config().vocab_size)
+    words = vocabulary.Vocabulary.of(state["new_tokens"])
     if words.pieces and not merge:
         raise UserError(
             f"merge=false writes adapters alone, but the run has {len(words.pieces)} new tokens, whose rows the base "

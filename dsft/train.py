@@ -268,7 +268,7 @@ def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_d
         extra_state=lambda: {
             "identity": identity,
             "adapters": adapters,
-            "new_tokens": plan.words.added,
+            "new_tokens": plan.words.state_dict(),
             "wandb_id": world.broadcast(tracker.run_id),
         },
         record=checkpoint.Record(load.to_yaml(config), plan.companions),
@@ -468,7 +468,7 @@ def _identity(config: Config, plan: Plan) -> dict[str, Any]:
             "files": source.files,
         },
         **tuned,
-        "data.new_tokens": plan.words.identity,
+        checkpoint.NEW_TOKENS: [*plan.words.added],
         "precision": plan.precision.value,
         "optim.name": config.optim.name.value,
         "optim.layer_decay": config.optim.layer_decay,

@@ -58,9 +58,18 @@ class Vocabulary:
 
     @property
     def identity(self) -> str:
-        """What was added, briefly; differs where any token or their order does."""
+        """What was added, briefly, for ranks to agree on; differs where any token or their order does."""
         digest = hashlib.sha256("\n".join(self.added).encode("utf-8")).hexdigest()[:8]
         return f"{len(self.added)} tokens ({digest})" if self.added else "none"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rows of new tokens are made from, as JSON values."""
+        return {"first": self.first, "pieces": [[*pieces] for pieces in self.pieces]}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Vocabulary:
+        """The vocabulary that `state_dict` described, without texts: enough to give a model its rows again."""
+        return cls(state["first"], tuple(tuple(pieces) for pieces in state["pieces"]))
 
     def audit(self, ids: np.ndarray) -> dict[str, list[str]]:
         """What became of the tokens that were asked for, and which new ones are in none of `ids`, for `audit.json`.

@@ -1,12 +1,16 @@
 """Words and a marker that a base model's vocabulary lacks: added, trained alone, saved, exported, loaded elsewhere."""
 
 import json
+import re
 
 import helpers
+import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dsft import checkpoint
+from dsft.errors import UserError
 from dsft.export import export
 
 TOKENS = ["月亮", "春天", "<|tool|>"]
@@ -39,11 +43,18 @@ def test_new_tokens_from_file_to_exported_model(base, scratch):
     for name, tensor in before.state_dict().items():
         assert torch.equal(after.state_dict()[name][: len(tensor)], tensor), name
 
-    file.unlink()  # the checkpoint knows what was added
+    file.unlink()  # the checkpoint knows what was added, and of which pieces
+    (model_dir / "tokenizer.json").unlink()
     output, report = export(run_dir, output=scratch / "again")
     assert report.relative < 1e-5
     again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in after.state_dict().items())
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer.get_vocab()
     state = json.loads((run_dir / "checkpoints" / "step-000003" / "state.json").read_text(encoding="utf-8"))
-    assert state["identity"]["data.new_tokens"].startswith("3 tokens (")
+    # other tokens change the ids of the data too, but are what is named
+    others = state["identity"] | {"data.new_tokens": ["月亮", "狐狸"], checkpoint.DATA: "other"}
+    message = (
+        "3 new tokens, and data.new_tokens gives 2 now: '春天' is missing, '<|tool|>' is missing, '狐狸' was not there"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        checkpoint.compare(run_dir, state, others, 1, 2)

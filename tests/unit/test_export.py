@@ -336,7 +336,8 @@ def trained(home: Path, precision: str = "bf16", **settings) -> Path:
         "model.path": {"origin": source.origin, "revision": None, "fingerprint": source.fingerprint}
         | {"files": source.files},
     }
-    state = {"identity": identity, "adapters": tuning.adapters(model), "new_tokens": [], "best_step": 1}
+    words = {"first": 400, "pieces": []}
+    state = {"identity": identity, "adapters": tuning.adapters(model), "new_tokens": words, "best_step": 1}
     record = checkpoint.Record(configs.to_yaml(config), export.companion_files(tiny.tokenizer(), b"{}"))
     document = collate([tiny.examples(1)[0]])
     checkpoint.save(home / "run", 1, Engine(model), WORLD, state, False, record, document)
@@ -435,7 +436,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
 def test_adapters_alone_cannot_hold_new_tokens(tmp_path):
     """Their rows are no adapter: the base model lacks them, trained or not."""
     run = trained(tmp_path)
-    change = lambda text: text.replace(b'"new_tokens": []', '"new_tokens": ["狐狸"]'.encode())  # noqa: E731
+    change = lambda text: text.replace(b'"pieces": []', b'"pieces": [[7, 8]]')  # noqa: E731
     rewrite(checkpoint.find(run, "last"), "state.json", change)
     with pytest.raises(UserError, match=r"merge=false .* 1 new tokens, whose rows the base model .* lacks"):
         command.export(run, merge=False)
