@@ -132,7 +132,7 @@ def _run(config: Config, place: Place) -> int:
     resume_from, saved = _choose(config, plan, run_dir, identity, world)
     seed_everything(config.train.seed, config.train.deterministic)
     engine = _engine(config, plan, world)
-    _check_engine(config, plan.source, engine)
+    _check_engine(config, plan, engine)
     tracker = _tracker(config, run_dir, world, plan.total_steps, saved)
     the_loop = _loop(config, plan, engine, world, stop, tracker, run_dir, identity)
     if resume_from:
@@ -354,13 +354,14 @@ def _engine(config: Config, plan: Plan, world: World) -> Engine:
     return Engine(task, plan.ds, config.optim, world)
 
 
-def _check_engine(config: Config, source: models.ModelSource, engine: Engine) -> None:
+def _check_engine(config: Config, plan: Plan, engine: Engine) -> None:
     """Refuse settings that have no effect on this model, or warn of them."""
     idle = effect.by_model(
         config,
-        source.name,
+        plan.source.name,
         chunked=engine.module.chunked,
         decayed=any(group["weight_decay"] for group in parameter_groups(engine.module, config.optim)),
+        rows_alone=not plan.words.pieces or any(n.endswith(rows.NEW) for n, _ in engine.module.named_parameters()),
     )
     _warn(engine.world.place, effect.enforce(config, idle, cli.given()))
 

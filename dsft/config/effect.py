@@ -257,7 +257,7 @@ def by_length(config: Config, length: Length, given: Collection[str] | None) -> 
         )
 
 
-def by_model(config: Config, model: str, *, chunked: bool, decayed: bool) -> Iterator[Idle]:
+def by_model(config: Config, model: str, *, chunked: bool, decayed: bool, rows_alone: bool) -> Iterator[Idle]:
     """What does nothing with this model and what of it is trained.
 
     Args:
@@ -265,6 +265,7 @@ def by_model(config: Config, model: str, *, chunked: bool, decayed: bool) -> Ite
         model: Its name.
         chunked: Whether its logits can be computed chunk by chunk.
         decayed: Whether weight decay applies to any of its trained parameters.
+        rows_alone: Whether rows of new tokens, if there are any, are trained beside a frozen embedding or head.
     """
     if not chunked:
         yield Idle(
@@ -272,6 +273,12 @@ def by_model(config: Config, model: str, *, chunked: bool, decayed: bool) -> Ite
             f"{shown(config, 'model.logits_chunk')} does nothing with {model}, whose output head is more than a "
             "linear map, so that all logits exist at once: lower batch.micro_batch_size to save memory, and leave "
             "model.logits_chunk out.",
+        )
+    if not rows_alone and config.tuning.method is not Method.full:
+        yield Idle(
+            "tuning.new_tokens",
+            f"{shown(config, 'tuning.new_tokens')} does nothing: tuning.trainable or tuning.last_layers trains all "
+            "rows of the embedding and of the output head. Leave tuning.new_tokens out.",
         )
     if not decayed:
         yield Idle(

@@ -69,7 +69,7 @@ def train(model: nn.Module, vocabulary: Vocabulary) -> None:
         vocabulary: The new tokens; without any, nothing changes.
 
     Raises:
-        UserError: Both are trained as a whole, or are layers whose rows cannot be told apart.
+        UserError: The head is a layer whose rows cannot be told apart.
     """
     if not vocabulary.pieces:
         return
@@ -83,11 +83,6 @@ def train(model: nn.Module, vocabulary: Vocabulary) -> None:
         if getattr(module, "bias", None) is not None and not module.bias.requires_grad:
             module.new_bias = _part(module.bias, module.new_rows)
         module.register_forward_hook(_embed if isinstance(module, nn.Embedding) else _predict)
-    if not made:
-        raise UserError(
-            "tuning.new_tokens=true does nothing: tuning.trainable or tuning.last_layers trains all rows of the "
-            "embedding. Leave one of them out."
-        )
 
 
 def whole(module: nn.Module, name: str) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_of_every_setting_it_is_known_when_it_acts():
         *by_config(lora),
         *here(config()),
         *length(given=(), all_supervised=True, total_steps=5)(config(train__epochs=2, train__max_steps=5)),
-        *by_model(config(), "m", chunked=False, decayed=False),
+        *by_model(config(), "m", chunked=False, decayed=False, rows_alone=True),
         *by_tokens(config(), tokens=9, embeddings=9, new=0, added=0),
     ]
     assert {one.name for one in cases} | ALWAYS == set(knobs())
@@ -269,11 +269,17 @@ def test_settings_for_new_tokens_that_are_none_or_have_rows(settings, counts, me
 
 
 def test_what_the_model_has_no_use_for():
-    settings = {"model__logits_chunk": 64, "optim__weight_decay": 0.1}
-    head, decay = idle(settings, None, lambda made: by_model(made, "gemma", chunked=False, decayed=False))
+    settings = {"model__logits_chunk": 64, "optim__weight_decay": 0.1, "tuning__new_tokens": True}
+    settings |= {"tuning__method": Method.freeze, "tuning__trainable": ["embed"]}
+
+    def rules(acts):
+        return lambda made: by_model(made, "gemma", chunked=acts, decayed=acts, rows_alone=acts)
+
+    head, rows, decay = idle(settings, None, rules(False))
     assert "model.logits_chunk=64 does nothing with gemma" in head
+    assert "tuning.new_tokens=true does nothing: tuning.trainable or tuning.last_layers trains all rows" in rows
     assert "optim.weight_decay=0.1 does nothing where only norms" in decay
-    assert idle(settings, None, lambda made: by_model(made, "gemma", chunked=True, decayed=True)) == []
+    assert idle(settings, None, rules(True)) == []
 
 
 @pytest.fixture(scope="module")

@@ -181,10 +181,15 @@ def test_new_rows_are_not_decayed_even_those_of_an_untied_head():
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.0)]
 
 
-def test_an_embedding_that_is_trained_as_a_whole_is_refused():
-    model = grown("gpt2", GROWN)[1]
-    with pytest.raises(UserError, match=r"tuning\.new_tokens=true does nothing: tuning\.trainable"):
-        tuning.apply(model, TuningConfig(method=Method.freeze, trainable=["wte"], new_tokens=True), 0, GROWN)
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": Method.freeze, "trainable": ["embed_tokens"]}, {"method": Method.freeze, "last_layers": 1}, {}],
+)
+def test_a_matrix_that_is_trained_as_a_whole_has_no_rows_beside_it(settings):
+    """The pattern takes the input embedding, the last layers the output head, `full` both."""
+    model = tuning.apply(grown("llama", GROWN)[1], TuningConfig(new_tokens=True, **settings), 0, GROWN)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert module.weight.requires_grad is not hasattr(module, "new_weight")
 
 
 def test_dora_on_the_head_is_refused():
