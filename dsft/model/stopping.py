@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dsft.errors import UserError
 from dsft.model.load import ModelSource, load_config, load_generation_config
@@ -43,13 +43,13 @@ def find_stopping(source: ModelSource, tokenizer: PreTrainedTokenizerFast, turn_
         UserError: The model's `generation_config.json` is no JSON object.
     """
     config, own = load_config(source), load_generation_config(source)
-    settings = _settings(source, own, config)
+    settings = _settings(source, own)
     known = _listed(settings.get("eos_token_id"))
     ends = known or _listed(config.get_text_config().eos_token_id)
     tokens = list(dict.fromkeys([*ends, *_listed(tokenizer.eos_token_id), *_listed(turn_end)]))
     if turn_end is None or turn_end in known:
-        # settings of an old config.json, which transformers no longer writes there
-        moved = own is None and config._get_generation_parameters()
+        # an old config.json may hold generation settings, and transformers no longer writes them there
+        moved = own is None and settings.keys() - _OF_ANY_CONFIG
         return Stopping(tokens, _written(settings) if moved else own)
     settings["eos_token_id"] = [*ends, turn_end] if turn_end not in ends else ends
     note = (
@@ -60,10 +60,17 @@ def find_stopping(source: ModelSource, tokenizer: PreTrainedTokenizerFast, turn_
     return Stopping(tokens, _written(settings), note)
 
 
-def _settings(source: ModelSource, own: bytes | None, config: PreTrainedConfig) -> dict:
+_OF_ANY_CONFIG = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+"""What transformers makes a generation config of where a model has none."""
+
+
+def _settings(source: ModelSource, own: bytes | None) -> dict:
     """The model's generation settings as plain values; what transformers makes of its config if it has none."""
     if own is None:
-        return json.loads(GenerationConfig.from_model_config(config).to_json_string())
+        made = GenerationConfig.from_pretrained(
+            source.path, config_file_name="config.json", revision=source.revision, _from_model_config=True
+        )
+        return {name: value for name, value in json.loads(made.to_json_string()).items() if not name.startswith("_")}
     try:
         settings = json.loads(own)
     except ValueError as problem:

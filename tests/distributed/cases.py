@@ -392,3 +392,18 @@ def runs(world, *, settings: list[dict], watched: str) -> list[tuple[Any, bool]]
             made.pop().close()
         gc.collect()
     return outcomes
+
+
+def leaking_run(world, *, settings: dict) -> str:
+    """How a run is refused whose attention sees across documents."""
+    kept = attention._per_document
+
+    def leaking(query, key, value, lengths, scale, window):
+        return kept(query, key, value, [sum(lengths)], scale, window)
+
+    attention._per_document = leaking
+    try:
+        ((outcome, _),) = runs(world, settings=[settings], watched=settings["data"]["cache_dir"])
+    finally:
+        attention._per_document = kept
+    return str(outcome)
