@@ -179,8 +179,7 @@ class Loop:
         loading = time.perf_counter() - begun
         multiplier = self.schedule.multiplier
         tally, applied = self.engine.train_step(step.batches, step.supervised, multiplier)
-        if applied:
-            self.schedule.step()
+        self.schedule.step(applied, self.loader.epochs)
         own_seconds = loading + self.engine.forward_seconds()
         self._interval.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
         self._count(step, applied)

@@ -36,6 +36,7 @@ from dsft.evaluate import Evaluator
 from dsft.metrics import METRICS
 from dsft.model import attention, export, rows, tuning, vocabulary
 from dsft.model import load as models
+from dsft.model.noise import Noise
 from dsft.model.rehearsal import rehearse
 from dsft.model.stopping import Stopping, find_stopping
 from dsft.optim import Schedule, parameter_groups
@@ -45,7 +46,7 @@ from dsft.runtime.place import Place
 from dsft.runtime.seeds import seed_everything
 from dsft.runtime.signals import REQUEUE_CODE, StopRequest, exit_when_terminated
 from dsft.runtime.world import World, computes_bf16, computes_fp16, describe, join, leave
-from dsft.tasks.causal_lm import CausalLM
+from dsft.tasks.causal_lm import CausalLM, probe_tokens
 from dsft.tracking import NullTracker, Progress, Tracker, WandbSink
 from dsft.tracking.report import summary, write_report
 from dsft.types import Batch, Example, Probe
@@ -256,7 +257,7 @@ def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_d
         engine=engine,
         loader=loader,
         evaluator=_evaluator(config, plan, world),
-        schedule=Schedule(config.schedule, plan.total_steps, plan.planner.steps(0)),
+        schedule=Schedule(config.schedule, plan.total_steps),
         tracker=tracker,
         world=world,
         stop=stop,
@@ -343,14 +344,16 @@ def _prepare_vocabulary(
 def _engine(config: Config, plan: Plan, world: World) -> Engine:
     """The model, prepared for training as the config says, inside its engine."""
     dtype = DTYPES[plan.precision]
-    kernel = attention.choose_kernel(config.model.attention, world.device, dtype)
+    dropout = attention.has_dropout(models.load_config(plan.source).get_text_config())
+    kernel = attention.choose_kernel(config.model.attention, world.device, dtype, dropout)
     with building(plan.ds) as gather:
         model = models.load_model(plan.source, dtype, attention.NAME)
         rows.grow(model, plan.words, gather)
         model = tuning.apply(model, config.tuning, config.train.seed, plan.words)
-    models.activation_checkpointing(model, config.activation_checkpointing)
-    noise = tuning.add_neftune(model, config.tuning.neftune_alpha) if config.tuning.neftune_alpha else None
-    task = CausalLM(model, partial(attention.Documents.of, kernel=kernel), config.model.logits_chunk, noise)
+    noise = Noise(model, config.train.seed, config.tuning.neftune_alpha)
+    models.activation_checkpointing(model, config.activation_checkpointing, noise.checkpointing)
+    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
+    task = CausalLM(model, documents, config.model.logits_chunk, noise, probe_tokens(plan.train_set))
     return Engine(task, plan.ds, config.optim, world)
 
 

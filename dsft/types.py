@@ -6,7 +6,7 @@ without importing each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,13 @@ class Example:
         supervised: True where the token is a target, bool, shape (tokens,). Position 0 is never a target: nothing
             comes before it to predict it from.
         truncated: Whether tokens were cut off to fit `data.max_length`.
+        number: Which example of its data set it is; noise is drawn by it.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     truncated: bool = False
+    number: int = 0
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Batch:
         lengths: Tokens of each document in order; on the host, so that no attention has to ask the device for it.
         supervised: How many labels are not IGNORE_INDEX.
         examples: How many examples of the data set the batch holds; 0 for a filler batch.
+        numbers: Which example of the data set each document is.
+        step: Epoch, and number of the optimizer step in it, that the batch belongs to.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +73,8 @@ class Batch:
     lengths: list[int]
     supervised: int
     examples: int
+    numbers: list[int]
+    step: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
@@ -78,7 +84,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         move = {k: getattr(self, k).to(device, non_blocking=True) for k in ("input_ids", "labels", "position_ids")}
-        return Batch(**move, lengths=self.lengths, supervised=self.supervised, examples=self.examples)
+        return replace(self, **move)
 
 
 @dataclass(frozen=True)

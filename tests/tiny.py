@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dsft.config.schema import Attention
+from dsft.model import attention
+from dsft.model.noise import Noise
+from dsft.tasks.causal_lm import CausalLM, probe_tokens
 from dsft.types import Example
 
 CHATML = (
@@ -116,6 +121,14 @@ def causal(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedM
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.eval()
+
+
+def task(model: PreTrainedModel, chunk: int = 5, *, kernel=Attention.per_document, seed: int = 0, alpha: float = 0.0):
+    """The causal language modelling task around a model, as a run makes it."""
+    noise = Noise(model, seed, alpha)
+    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
+    vocabulary = model.config.get_text_config().vocab_size
+    return CausalLM(model, documents, chunk, noise, probe_tokens(examples(3, vocabulary=vocabulary)))
 
 
 def save(directory: Path, **changes) -> Path:

@@ -8,15 +8,17 @@ import torch
 from dsft.types import IGNORE_INDEX, Batch, Example
 
 
-def collate(examples: list[Example]) -> Batch:
+def collate(examples: list[Example], step: tuple[int, int] = (0, 0)) -> Batch:
     """Lay examples end to end; positions restart and labels are shifted within each, so none sees another.
+
+    `step` is the epoch, and the number of the optimizer step in it, that the batch belongs to.
 
     An empty list gives the filler batch: one token without a target. Ranks under ZeRO must take the same number of
     forward passes, and it makes up for the ones that a rank has no rows for.
     """
     if not examples:
         one = torch.zeros(1, 1, dtype=torch.int64)
-        return Batch(one, torch.full_like(one, IGNORE_INDEX), one, lengths=[1], supervised=0, examples=0)
+        return Batch(one, torch.full_like(one, IGNORE_INDEX), one, lengths=[1], supervised=0, examples=0, numbers=[0])
     ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
     labels = np.full_like(ids, IGNORE_INDEX)
     positions = np.empty_like(ids)
@@ -31,4 +33,6 @@ def collate(examples: list[Example]) -> Batch:
         lengths=[len(e.ids) for e in examples],
         supervised=int((labels != IGNORE_INDEX).sum()),
         examples=len(examples),
+        numbers=[e.number for e in examples],
+        step=step,
     )

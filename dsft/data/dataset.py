@@ -79,7 +79,7 @@ class TokenDataset:
         place = self.selection[number]
         start, end = self.arrays["offsets"][place : place + 2]
         ids, supervised = self.arrays["ids"][start:end], self.arrays["supervised"][start:end]
-        return Example(ids, supervised, bool(self.truncated[number]))
+        return Example(ids, supervised, bool(self.truncated[number]), number)
 
 
 def prepare(

@@ -79,6 +79,11 @@ class Loader:
             self.step_in_epoch += 1
             yield step
 
+    @property
+    def epochs(self) -> int:
+        """Epochs that are over."""
+        return self.epoch + (self.step_in_epoch == self._planner.steps(self.epoch))
+
     def progress(self) -> float:
         """Epochs done, counted in steps: 1.5 is half-way through the second."""
         return self.epoch + self.step_in_epoch / self._planner.steps(self.epoch)
@@ -110,7 +115,9 @@ class Loader:
         mine = bins[self._rank :: self._world_size]
         everything = np.concatenate(rows)
         return Step(
-            batches=[collate([self._dataset[int(i)] for row in bin_ for i in rows[row]]) for bin_ in mine],
+            batches=[
+                collate([self._dataset[int(i)] for row in bin_ for i in rows[row]], (epoch, step)) for bin_ in mine
+            ],
             tokens=sum(loads),
             supervised=int(self._supervised[everything].sum()),
             epoch=epoch,

@@ -12,15 +12,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsft.config.schema import Attention
 from dsft.errors import UserError
+from dsft.model.noise import Noise
 
 NAME = "dsft"
 """The `attn_implementation` under which transformers finds this module."""
+
+DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "attn_dropout",
+    "attention_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attn_drop",
+)
+"""Names under which configs keep the rate of dropout of attention weights."""
 
 HARMLESS = {
     "position_ids",
@@ -41,21 +52,34 @@ class Documents:
         lengths: Tokens of each document.
         cu_seqlens: int32, shape (documents + 1,): cumulative lengths, on the device.
         kernel: Which kernel attends.
+        noise: Draws dropout of attention weights.
     """
 
     lengths: list[int]
     cu_seqlens: torch.Tensor
     kernel: Attention
+    noise: Noise | None = None
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device, kernel: Attention) -> Documents:
+    def of(cls, lengths: list[int], device: torch.device, kernel: Attention, noise: Noise | None = None) -> Documents:
         """Documents of these lengths, on `device`."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, ends.to(device, non_blocking=True), kernel)
+        return cls(lengths, ends.to(device, non_blocking=True), kernel, noise)
 
 
-def choose_kernel(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Attention:
+def has_dropout(config: PreTrainedConfig) -> bool:
+    """Whether a model's config asks for dropout of attention weights."""
+    return any(getattr(config, name, None) for name in DROPOUTS)
+
+
+def choose_kernel(wanted: Attention, device: torch.device, dtype: torch.dtype, dropout: bool = False) -> Attention:
     """The kernel to use on `device` for `dtype`.
+
+    Args:
+        wanted: The setting; `auto` takes the fastest that works, or with dropout the one that draws it exactly.
+        device: Where the model computes.
+        dtype: What it computes in.
+        dropout: Whether attention weights are dropped while training.
 
     Raises:
         UserError: `wanted` cannot run there.
@@ -71,11 +95,17 @@ def choose_kernel(wanted: Attention, device: torch.device, dtype: torch.dtype) -
         Attention.per_document: True,
     }
     if wanted is Attention.auto:
-        return next(kernel for kernel, runs in works.items() if runs)
+        return Attention.per_document if dropout else next(kernel for kernel, runs in works.items() if runs)
     if not works[wanted]:
         raise UserError(
             f"model.attention={wanted.value} needs a CUDA device, precision bf16 or fp16, and its package; here the "
             f"device is {device.type} and the type {str(dtype).removeprefix('torch.')}. Use model.attention=auto."
+        )
+    if dropout and wanted is Attention.torch_varlen:
+        raise UserError(
+            "model.attention=torch_varlen: this kernel has no dropout of attention weights, which the model's "
+            "config.json asks for. Use model.attention=per_document (the same noise for any split of the work) or "
+            "model.attention=flash (noise of its own), or set the dropout to 0 in config.json."
         )
     return wanted
 
@@ -102,7 +132,7 @@ def attention(
         value: The same shape as `key`.
         attention_mask: Used only without `documents` (generation).
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
-        dropout: Dropout on the attention weights; refused with `documents`.
+        dropout: Dropout on the attention weights; models give 0 in evaluation.
         is_causal: Whether tokens see only what comes before; None asks the module.
         documents: Where the documents lie; None hands over to transformers' own SDPA.
         sliding_window: How many tokens back a token sees, itself included; None for all.
@@ -130,12 +160,14 @@ def attention(
             **rest,
         }
         return sdpa(module, query, key, value, attention_mask, **options)
-    asked = {"is_causal=False": not causal, "attention_mask": attention_mask, "dropout": dropout or None, **rest}
+    asked = {"is_causal=False": not causal, "attention_mask": attention_mask, **rest}
     _refuse_what_is_missing(module, asked, max(documents.lengths))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if documents.kernel is Attention.per_document:
-        return _per_document(query, key, value, documents.lengths, scale, sliding_window), None
-    return _variable_length(query, key, value, documents, scale, sliding_window), None
+    if documents.kernel is not Attention.per_document:
+        return _variable_length(query, key, value, documents, scale, sliding_window, dropout), None
+    if dropout:
+        return _with_dropout(module, query, key, value, documents, scale, sliding_window, dropout), None
+    return _per_document(query, key, value, documents.lengths, scale, sliding_window), None
 
 
 def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) -> None:
@@ -149,7 +181,7 @@ def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) 
     if missing:
         raise UserError(
             f"{type(module).__name__} asks for attention with {', '.join(missing)}, which is not supported here. "
-            "Use another model, or set it to 0 in the model's config.json if it is a dropout."
+            "Use another model."
         )
 
 
@@ -175,13 +207,30 @@ def _one_document(query, key, value, scale, window) -> torch.Tensor:
     return output[0].transpose(0, 1)
 
 
+def _with_dropout(module, query, key, value, documents: Documents, scale, window, dropout) -> torch.Tensor:
+    """The loop over documents with the weights at hand, to drop some of them; shapes as in `attention`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t[0].repeat_interleave(groups, dim=0) for t in (key, value))
+    outputs, begin = [], 0
+    for tokens in documents.lengths:
+        rows = slice(begin, begin + tokens)
+        scores = (query[0, :, rows] @ key[:, rows].transpose(1, 2)) * scale
+        visible = _visible(tokens, tokens, window or tokens, query.device)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        weights = documents.noise.attention_dropout(module, weights, begin, dropout)
+        outputs.append((weights @ value[:, rows]).transpose(0, 1))
+        begin += tokens
+    documents.noise.attended(module)
+    return torch.cat(outputs).unsqueeze(0)
+
+
 def _visible(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
     """True where a query sees a key, bool, (queries, keys); the last query stands at the last key."""
     ahead = keys - queries
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(ahead).triu(ahead + 1 - window)
 
 
-def _variable_length(query, key, value, documents: Documents, scale, window) -> torch.Tensor:
+def _variable_length(query, key, value, documents: Documents, scale, window, dropout) -> torch.Tensor:
     """All documents in one CUDA kernel; shapes as in `attention`."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
     ends, longest = documents.cu_seqlens, max(documents.lengths)
@@ -190,7 +239,16 @@ def _variable_length(query, key, value, documents: Documents, scale, window) -> 
         from flash_attn import flash_attn_varlen_func
 
         output = flash_attn_varlen_func(
-            q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0)
+            *(q, k, v, ends, ends, longest, longest),
+            dropout_p=dropout,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(left, 0),
+        )
+    elif dropout:
+        raise UserError(
+            "this model drops attention weights while it trains, which model.attention=torch_varlen cannot: use "
+            "model.attention=per_document, or model.attention=flash with noise of its own."
         )
     else:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,11 +1,11 @@
-"""Which weights are trained: all, a chosen part, or low-rank adapters; and noise on the embeddings."""
+"""Which weights are trained: all, a chosen part, or low-rank adapters."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -199,42 +199,3 @@ def _nearest(wanted: str, names: list[str], count: int = 5) -> list[str]:
         return max(difflib.SequenceMatcher(None, wanted, part).ratio() for part in [name, *name.split(".")])
 
     return sorted(distinct.values(), key=likeness, reverse=True)[:count]
-
-
-@dataclass
-class Neftune:
-    """Uniform noise on the embeddings while training (arXiv:2310.05914).
-
-    A document of L tokens gets noise from U(-1, 1) * alpha / sqrt(L * d), as if it were alone in its batch. The
-    draws come from torch's default generators, so that saved random states cover them.
-
-    Attributes:
-        alpha: Strength of the noise.
-        lengths: Tokens of each document of the flat row that comes next, to be set before every training forward pass.
-    """
-
-    alpha: float
-    lengths: list[int] = field(default_factory=list)
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the embedding; `output` has shape (1, tokens, d)."""
-        if not module.training:
-            return output
-        _, tokens, width = output.shape
-        if sum(self.lengths) != tokens:
-            raise ValueError(f"Neftune.lengths says {sum(self.lengths)} tokens, the row has {tokens}")
-        lengths = torch.tensor(self.lengths)
-        scale = (self.alpha / (lengths * width).sqrt()).repeat_interleave(lengths)
-        noise = torch.empty_like(output).uniform_(-1, 1)
-        return output + noise * scale.to(output).unsqueeze(-1)
-
-
-def add_neftune(model: PreTrainedModel | PeftModel, alpha: float) -> Neftune:
-    """Let the model's input embeddings add noise while it trains; evaluation is not touched.
-
-    Returns:
-        The noise, whose `lengths` the task sets before each training forward pass.
-    """
-    noise = Neftune(alpha)
-    model.get_input_embeddings().register_forward_hook(noise)
-    return noise

@@ -56,26 +56,25 @@ class Schedule:
     Warm-up over W steps gives step k (from 0) the multiplier (k + 1) / W: the first step is not wasted on a rate of
     0, and step W - 1 reaches the peak. (transformers gives k / W; from step W on both agree.) What follows is counted
     from step W and would reach its floor at `total_steps`, so the last step still learns; from there on nothing
-    moves. Decays in epochs fall on the ends of epochs; those inside warm-up are left out.
+    moves. Decays in epochs fall on the ends of epochs, wherever packing and skipped steps put them; those inside
+    warm-up are left out.
 
     A cosine with restarts falls `restarts + 1` times over equal lengths (arXiv:1608.03983).
 
     Args:
         config: The schedule's section of the config.
         total_steps: Optimizer steps of the whole run.
-        steps_per_epoch: Optimizer steps of one pass over the data.
 
     Attributes:
-        steps: Optimizer steps done.
+        steps: Optimizer steps applied.
     """
 
-    def __init__(self, config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, config: ScheduleConfig, total_steps: int) -> None:
         self._config, self._total = config, total_steps
         self._warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
         # With a warm-up longer than the run the body never begins; one step keeps its formulas finite.
         self._body_steps = max(1, total_steps - self._warmup_steps)
-        by_epoch = config.unit is Unit.epochs and config.name in (ScheduleName.step, ScheduleName.exponential)
-        self._stride = steps_per_epoch if by_epoch else 1
+        self._by_epoch = config.unit is Unit.epochs and config.name in (ScheduleName.step, ScheduleName.exponential)
         self._start()
 
     def _start(self) -> None:
@@ -83,18 +82,32 @@ class Schedule:
         self._warmup = _drive(lr_scheduler.LinearLR, start_factor=1 / rise, total_iters=rise - 1)
         self._body = _BODIES[self._config.name](self._config, self._body_steps)
         self.steps = 0
+        self._ends: list[int] = []  # steps applied by the end of each epoch
 
     @property
     def multiplier(self) -> float:
         """The share of the peak rate that the next optimizer step takes."""
         return _rate(self._warmup if self.steps < self._warmup_steps else self._body)
 
-    def step(self) -> None:
-        """Move on; call it after every applied optimizer step, and never after a skipped one."""
-        self.steps += 1
-        if self.steps < self._warmup_steps:
-            self._warmup.step()
-        elif self._warmup_steps < self.steps <= self._total and self.steps % self._stride == 0:
+    def step(self, applied: bool, epochs: int) -> None:
+        """Move on; call it after every optimizer step.
+
+        Args:
+            applied: False for a skipped step, which moves only what is counted in epochs.
+            epochs: Epochs that are over.
+        """
+        if applied:
+            self.steps += 1
+            if self.steps < self._warmup_steps:
+                self._warmup.step()
+            elif not self._by_epoch and self._warmup_steps < self.steps <= self._total:
+                self._advance()
+        while len(self._ends) < epochs:
+            self._end_epoch(self.steps)
+
+    def _end_epoch(self, steps: int) -> None:
+        self._ends.append(steps)
+        if self._by_epoch and steps > self._warmup_steps:
             self._advance()
 
     def _advance(self) -> None:
@@ -123,7 +136,7 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What going on bit for bit takes; plain values that strict JSON can hold."""
-        state: dict[str, Any] = {"steps": self.steps}
+        state: dict[str, Any] = {"steps": self.steps, "epoch_ends": self._ends}
         if self._config.name is ScheduleName.plateau:
             best = self._body.best if math.isfinite(self._body.best) else None
             state["plateau"] = {
@@ -134,10 +147,12 @@ class Schedule:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after `state["steps"]` steps, by the config and the lengths that this schedule was made with."""
+        """Go on after `state["steps"]` steps, by the config and the length that this schedule was made with."""
         self._start()
         for _ in range(state["steps"]):
-            self.step()
+            self.step(applied=True, epochs=0)
+        for steps in state["epoch_ends"]:
+            self._end_epoch(steps)
         # The checkpoint may come from another schedule.
         if self._config.name is ScheduleName.plateau and "plateau" in state:
             plateau = state["plateau"]

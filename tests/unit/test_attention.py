@@ -12,7 +12,6 @@ from dsft.config.schema import Attention
 from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention
-from dsft.tasks.causal_lm import CausalLM
 
 CPU = torch.device("cpu")
 DOCUMENTS = partial(attention.Documents.of, kernel=Attention.per_document)
@@ -130,15 +129,47 @@ def test_a_token_sees_its_window_and_no_further(window):
 def test_a_model_that_would_mix_documents_or_lose_part_of_its_attention_is_refused(name):
     changes, message = LEAKING[name]
     model = tiny.causal(name, attention.NAME, **changes)
-    task = CausalLM(model, DOCUMENTS, 16).train()
+    task = tiny.task(model, 16).train()
     with pytest.raises(UserError, match=message):
         task(collate(EXAMPLES))
 
 
-def test_attention_dropout_is_refused_with_its_mending():
-    model = tiny.causal("llama", attention.NAME, attention_dropout=0.1).train()
-    with pytest.raises(UserError, match=r"LlamaAttention asks for attention with dropout.*config\.json"):
-        in_a_row(model, EXAMPLES)
+@pytest.mark.parametrize("name", ["xglm", "lfm2", "bamba"])
+def test_a_small_leak_is_refused_in_bf16_as_in_fp32(name):
+    """bf16's rounding is larger than what these models leak; that nothing may move at all shows it."""
+    changes = {
+        "xglm": {},
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    }[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        task = tiny.task(tiny.causal(name, attention.NAME, **changes).to(dtype), 16).train()
+        with pytest.raises(UserError, match="keep the documents of a row apart"):
+            task(collate(EXAMPLES))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("initializer_range", [0.02, 0.2, 1.0])
+def test_a_sound_model_passes_in_half_precision(name, initializer_range):
+    """Experts get other numbers of tokens behind another document, and large weights round coarsely."""
+    changes = {"num_local_experts": 4} if name == "mixtral" else {}
+    if name == "qwen3_moe":
+        changes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = tiny.causal(name, attention.NAME, initializer_range=initializer_range, **changes).to(dtype)
+        loss, _ = tiny.task(model, 16).train()(collate(EXAMPLES))
+        assert torch.isfinite(loss)
+
+
+def test_attention_dropout_needs_a_kernel_that_can():
+    cuda_like = torch.device("cpu")
+    assert attention.choose_kernel(Attention.auto, cuda_like, torch.float32, dropout=True) is Attention.per_document
+    assert attention.has_dropout(tiny.llama_config(attention_dropout=0.1))
+    assert not attention.has_dropout(tiny.llama_config())
+    documents = attention.Documents.of([3], CPU, Attention.torch_varlen)
+    query = torch.randn(1, 2, 3, 8)
+    with pytest.raises(UserError, match=r"use model\.attention=per_document, or model\.attention=flash"):
+        attention.attention(torch.nn.Identity(), query, query, query, None, dropout=0.1, documents=documents)
 
 
 def test_a_document_longer_than_an_attention_chunk_is_refused():

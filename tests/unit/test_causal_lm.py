@@ -1,27 +1,20 @@
 """The task's loss: the sum of what transformers says of every example alone."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import task
 from torch.nn import functional as F
 
-from dsft.config.schema import Attention, Method, TuningConfig
+from dsft.config.schema import Method, TuningConfig
 from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention, tuning
-from dsft.tasks.causal_lm import CausalLM
 from dsft.types import IGNORE_INDEX, Example
 
-DOCUMENTS = partial(attention.Documents.of, kernel=Attention.per_document)
 EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
 SUPERVISED = sum(int(e.supervised.sum()) for e in EXAMPLES)
-
-
-def task(model, chunk: int = 5) -> CausalLM:
-    return CausalLM(model, DOCUMENTS, chunk)
 
 
 def lora(model, **changes):

@@ -41,16 +41,12 @@ def test_variable_length_kernels_equal_the_loop_over_documents(kernel, window):
 
 def test_loss_on_cuda_equals_the_cpu():
     """A flat batch in bf16 on the device against fp32 on the CPU."""
-    from functools import partial
-
-    from dsft.tasks.causal_lm import CausalLM
-
     batch = collate(tiny.examples(6))
     losses = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         model = tiny.llama(attn_implementation=attention.NAME).to(device, dtype)
         kernel = attention.choose_kernel(Attention.auto, torch.device(device), dtype)
-        task = CausalLM(model, partial(attention.Documents.of, kernel=kernel), 16)
+        task = tiny.task(model, 16, kernel=kernel)
         loss, _ = task(batch.to(torch.device(device)))
         losses.append(float(loss))
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -137,36 +137,3 @@ def test_target_modules_by_name_reach_only_those():
     assert {n.split(".")[6] for n in names} == {"q_proj", "v_proj"}
     names = trained(lora(tiny_gpt2(), target_modules=["c_attn"]))
     assert {n.split(".")[6] for n in names} == {"c_attn"}
-
-
-def test_neftune_noise_is_scaled_by_each_documents_own_length():
-    model = tiny_llama().train()
-    embed = model.get_input_embeddings()
-    ids = torch.randint(32, (1, 4 + 100))
-    clean = embed(ids)
-    noise = tuning.add_neftune(model, alpha=5.0)
-    noise.lengths = [4, 100]
-    added = (embed(ids) - clean)[0]
-    for part, length in ((added[:4], 4), (added[4:], 100)):
-        bound = 5.0 / math.sqrt(length * 16)
-        assert 0.9 * bound < part.abs().max() <= bound * 1.001
-    assert not torch.equal(embed(ids), embed(ids))
-
-
-def test_neftune_follows_the_saved_random_state_and_leaves_evaluation_alone():
-    model = lora(tiny_llama())
-    noise = tuning.add_neftune(model, alpha=5.0)
-    noise.lengths = [6]
-    ids = torch.randint(32, (1, 6))
-    state = torch.get_rng_state()
-    first = model.train()(ids).logits
-    torch.set_rng_state(state)
-    torch.testing.assert_close(model(ids).logits, first, rtol=0, atol=0)
-    torch.testing.assert_close(model.eval()(ids).logits, tiny_llama().eval()(ids).logits, rtol=0, atol=0)
-
-
-def test_neftune_refuses_lengths_of_another_row():
-    model = tiny_llama().train()
-    tuning.add_neftune(model, alpha=5.0).lengths = [3, 2]
-    with pytest.raises(ValueError, match="says 5 tokens, the row has 6"):
-        model(torch.randint(32, (1, 6)))

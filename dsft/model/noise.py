@@ -1,0 +1,395 @@
+"""Dropout and embedding noise that are the same however the work is split.
+
+Every draw is a function of seed, step, example, position in the example, place in the model and feature, and of
+nothing else: no generator has a state. So ranks, accumulation, packing, neighbours in a row, recomputed activations
+and a resumed run draw the same.
+
+A draw is 16 bits of a hash of two keys: one of the token (seed, step, example, position), one of the feature (place,
+number). The keys come from splitmix64 (Steele, Lea, Flood 2014), their combination is a multiply-and-add mixer of
+32 bits, as cheap as a few passes over the tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dsft.errors import UserError
+
+LEVELS = 1 << 16
+"""Values that a draw can take; a dropout rate is rounded to a multiple of 1 / LEVELS, and what is kept is scaled by
+exactly that."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+
+
+def _mix(value: np.ndarray | int) -> np.ndarray:
+    """splitmix64's finaliser: well-mixed uint64 from counters."""
+    with np.errstate(over="ignore"):
+        value = np.asarray(value, dtype=np.uint64)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def _chain(*numbers: int) -> np.uint64:
+    """One key of several numbers, their order included."""
+    key = np.uint64(0)
+    for number in numbers:
+        key = _mix(np.uint64((int(key) + _GOLDEN + number) % (1 << 64)))
+    return np.uint64(key)
+
+
+def _counted(key: np.uint64, count: int) -> np.ndarray:
+    """The 32-bit keys number 0 to `count` - 1 below `key`, int32, shape (count,)."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        return (_mix(steps + key) >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+def token_keys(seed: int, step: tuple[int, int], lengths: list[int], numbers: list[int]) -> torch.Tensor:
+    """The key of every token of a flat row.
+
+    Args:
+        seed: The run's.
+        step: Epoch, and number of the optimizer step in it.
+        lengths: Tokens of each document.
+        numbers: Which example of the data set each document is.
+
+    Returns:
+        int32, shape (tokens,), on the CPU.
+    """
+    documents = [_counted(_chain(seed, *step, number), length) for number, length in zip(numbers, lengths, strict=True)]
+    return torch.from_numpy(np.concatenate(documents))
+
+
+def feature_keys(place: str, count: int) -> torch.Tensor:
+    """The keys of `count` pairs of features at a place of the model: int32, shape (count,), on the CPU."""
+    named = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
+    return torch.from_numpy(_counted(_chain(named), count))
+
+
+def draw(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """16 random bits for each token and feature.
+
+    Args:
+        tokens: int32 keys, shape (..., tokens, 1).
+        features: int32 keys of pairs of features, broadcastable to (..., tokens, pairs).
+
+    Returns:
+        int16, shape (..., tokens, 2 * pairs), uniform over all its values.
+    """
+    bits = tokens ^ features
+    bits.mul_(_MULTIPLIERS[0])
+    bits.add_(bits >> 15)
+    bits.mul_(_MULTIPLIERS[1])
+    bits.add_(bits >> 16)
+    return bits.view(torch.int16)
+
+
+class _Drop(torch.autograd.Function):
+    """`where(keep, x, 0) * scale`; keeps one byte per element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.where(keep, x, 0).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, gradient, 0).mul_(ctx.scale), None, None
+
+
+class Noise:
+    """All random numbers that a model draws while it trains.
+
+    Dropout modules and the attention that `dsft` gives to models draw from it at once. `rehearse` finds the modules
+    that call dropout as a function or draw single numbers (which layer to skip), which then draw from it too, and
+    refuses what could not be the same for every split.
+
+    Args:
+        model: The model, with its adapters.
+        seed: The run's.
+        neftune_alpha: Strength of uniform noise on the input embeddings (arXiv:2310.05914); 0 for none.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, neftune_alpha: float = 0.0):
+        self._seed = seed
+        self._alpha = neftune_alpha
+        self._names = {module: name for name, module in model.named_modules()}
+        self._features: dict[str, torch.Tensor] = {}
+        self._calls: Counter = Counter()
+        self._global = False
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.forward = self._forward_of(module)
+        if neftune_alpha:
+            model.get_input_embeddings().register_forward_hook(self._neftune)
+
+    def begin(self, step: tuple[int, int], lengths: list[int], numbers: list[int], device: torch.device) -> None:
+        """Say which row comes next; before every training forward pass. Arguments as for `token_keys`."""
+        self._step, self._lengths = step, lengths
+        self._tokens = token_keys(self._seed, step, lengths, numbers).to(device, non_blocking=True)
+        self._calls.clear()
+        if self._global:
+            key = int(_chain(self._seed, *step, 1))
+            random.seed(key)
+            np.random.seed(key % 2**32)
+
+    def rehearse(self, forward: Callable[[], object], exempt: bool = False) -> None:
+        """Run a training forward pass to see what the model draws; random states are put back.
+
+        Args:
+            forward: The pass, after `begin`.
+            exempt: Whether torch's own generator may move: a fused attention kernel draws its dropout inside.
+
+        Raises:
+            UserError: The model draws numbers that depend on how the batch is laid out.
+        """
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            host, device = _host_states(), _device_states()
+            watch = _Functional(self)
+            with watch:
+                forward()
+            self._global = host != _host_states()
+            if device != _device_states() and not exempt:
+                raise UserError(
+                    f"{type(next(iter(self._names))).__name__} draws random numbers while it trains in a way that "
+                    "would depend on ranks and batch size. Set its dropout and noise settings to 0 in the model's "
+                    "config.json."
+                )
+        for module in self._names:
+            # by their class: a layer of the same kind may have been skipped in this pass
+            if type(module) in watch.owners:
+                module.forward = self._watched(module.forward)
+        if self._global:
+            random.setstate(host[0])
+            np.random.set_state(("MT19937", np.frombuffer(host[1], np.uint32), *host[2]))
+
+    def dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Dropout of activations.
+
+        Args:
+            module: Where it happens.
+            x: Shape (1, tokens, ...) or (tokens, ...), the tokens of the row that `begin` was told of.
+            p: Share of elements set to 0, of all values scaled so that the expectation stays.
+
+        Raises:
+            UserError: `x` does not hold the row's tokens in their order, as inside experts.
+        """
+        tokens = len(self._tokens)
+        if not (x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == (1, tokens))):
+            raise UserError(
+                f"{self._names[module]} draws dropout on a tensor of shape {tuple(x.shape)}, which is not the row's "
+                f"{tokens} tokens in order, so that its noise would depend on the split of the work. Set "
+                "tuning.dropout=0, or leave such modules out of tuning.target_modules; for a dropout of the model's "
+                "own set it to 0 in its config.json."
+            )
+        features = x.numel() // tokens
+        keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
+        return _dropped(x, draw(self._tokens.unsqueeze(1), keys)[:, :features].reshape(x.shape), p)
+
+    def attention_dropout(self, module: nn.Module, weights: torch.Tensor, begin: int, p: float) -> torch.Tensor:
+        """Dropout of one document's attention weights.
+
+        Args:
+            module: The attention layer; one call of it covers all documents of the row.
+            weights: Shape (heads, queries, keys), square.
+            begin: Where the document begins in the row.
+            p: Share of weights set to 0.
+        """
+        heads, length, _ = weights.shape
+        keys = self._keys(self._place(module), heads, (length + 1) // 2, weights.device)
+        bits = draw(self._tokens[begin : begin + length, None], keys.unsqueeze(1))[..., :length]
+        return _dropped(weights, bits, p)
+
+    def attended(self, module: nn.Module) -> None:
+        """Tell that a call of an attention layer is over: the next one draws anew."""
+        self._calls[module, _recomputing()] += 1
+
+    def _keys(self, place: str, rows: int, size: int, device: torch.device) -> torch.Tensor:
+        """Feature keys of a place, shape (rows, size); kept, in the largest size that was asked for so far."""
+        kept = self._features.get(place)
+        if kept is None or kept.shape[1] < size:
+            room = 1 << (size - 1).bit_length()
+            # numbered down the rows first: a larger size renumbers nothing
+            kept = feature_keys(place, rows * room).view(room, rows).T.contiguous().to(device)
+            self._features[place] = kept
+        return kept[:, :size]
+
+    def _place(self, module: nn.Module) -> str:
+        return f"{self._names[module]}#{self._calls[module, _recomputing()]}"
+
+    def _forward_of(self, module: nn.Dropout):
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return self.called(module, x, module.p) if module.training and module.p else x
+
+        return forward
+
+    def _watched(self, forward: Callable) -> Callable:
+        """A module's forward inside the mode; by module, since checkpointed layers run once more in backward passes."""
+
+        def watched(*arguments, **keywords):
+            with _Functional(self):
+                return forward(*arguments, **keywords)
+
+        return watched
+
+    def called(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
+        """`dropout`, and the module's next call in this pass draws anew."""
+        dropped = self.dropout(module, x, p)
+        self._calls[module, _recomputing()] += 1
+        return dropped
+
+    def single(self, module: nn.Module) -> float:
+        """A number in [0, 1) that is the same for all batches of an optimizer step, as for skipping layers."""
+        place = int.from_bytes(hashlib.blake2b(self._place(module).encode(), digest_size=8).digest(), "little")
+        self._calls[module, _recomputing()] += 1
+        return int(_chain(self._seed, *self._step, place) >> np.uint64(11)) / 2**53
+
+    def owner(self) -> nn.Module:
+        """The innermost module of the model whose code is being run."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in self._names:
+                return module
+            frame = frame.f_back
+        raise UserError("random numbers are drawn outside of the model's modules")
+
+    def name(self, module: nn.Module) -> str:
+        """The module's dotted name and class."""
+        return f"{self._names[module] or 'the model'} ({type(module).__name__})"
+
+    def _neftune(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the embedding, whose output has shape (1, tokens, d).
+
+        A document of L tokens gets noise from U(-1, 1) * alpha / sqrt(L * d), as if it were alone in its batch.
+        """
+        if not module.training:
+            return output
+        width = output.shape[-1]
+        lengths = torch.tensor(self._lengths)
+        scale = (self._alpha / (lengths * width).sqrt()).repeat_interleave(lengths)
+        keys = self._keys(f"neftune {self._names[module]}", 1, (width + 1) // 2, output.device)
+        bits = draw(self._tokens.unsqueeze(1), keys)[:, :width]
+        noise = (bits.float() + 0.5) * (scale.to(output.device, non_blocking=True) / (LEVELS // 2)).unsqueeze(-1)
+        return output + noise.to(output.dtype)
+
+
+def _dropped(x: torch.Tensor, bits: torch.Tensor, p: float) -> torch.Tensor:
+    dropped = round(p * LEVELS)
+    if dropped == 0:
+        return x
+    if dropped == LEVELS:
+        return x * 0
+    return _Drop.apply(x, bits >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
+
+
+def _recomputing() -> bool:
+    """Whether this runs in a backward pass: checkpointed layers run once more there, each of their calls again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _host_states() -> tuple:
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), keys.tobytes(), tuple(rest)
+
+
+def _device_states() -> list[bytes]:
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return [state.numpy().tobytes() for state in states]
+
+
+_DROPOUTS = (F.dropout, torch.dropout)
+_OTHER_DROPOUTS = (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
+_GENERATORS = (
+    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like),
+    *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.native_dropout, torch.dropout_),
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.bernoulli_, torch.Tensor.random_),
+    *(torch.Tensor.exponential_, torch.Tensor.geometric_, torch.Tensor.log_normal_, torch.Tensor.cauchy_),
+    *(torch.Tensor.bernoulli, torch.Tensor.multinomial, torch.alpha_dropout, torch.feature_dropout, F.gumbel_softmax),
+)
+
+
+class _Functional(TorchFunctionMode):
+    """Meets every call of torch by which a model draws at random: answers it from a Noise, or refuses it by name.
+
+    Attributes:
+        owners: The classes of the modules that made such calls.
+    """
+
+    def __init__(self, noise: Noise):
+        super().__init__()
+        self._noise = noise
+        self.owners: set[type[nn.Module]] = set()
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if function in _DROPOUTS or function in _OTHER_DROPOUTS:
+            x, p, training = _rate(function, arguments, keywords)
+            if not training or not p:
+                return x
+            if function in _OTHER_DROPOUTS:
+                self._refuse(function)
+            return self._noise.called(self._owner(), x, p)
+        if function is F.scaled_dot_product_attention and (keywords.get("dropout_p") or (arguments[4:5] or (0,))[0]):
+            self._refuse(function)
+        if function in _GENERATORS:
+            return self._single(function, arguments, keywords)
+        return function(*arguments, **keywords)
+
+    def _single(self, function, arguments, keywords):
+        """One uniform number is drawn once for the whole step; anything larger is laid out by the batch."""
+        if function is torch.rand and math.prod(_size(arguments, keywords)) == 1:
+            options = {key: keywords[key] for key in ("dtype", "device") if key in keywords}
+            return torch.full(_size(arguments, keywords), self._noise.single(self._owner()), **options)
+        if function is torch.Tensor.uniform_ and arguments[0].numel() == 1:
+            low = arguments[1] if len(arguments) > 1 else keywords.get("from", 0.0)
+            high = arguments[2] if len(arguments) > 2 else keywords.get("to", 1.0)
+            return arguments[0].fill_(low + (high - low) * self._noise.single(self._owner()))
+        self._refuse(function)
+
+    def _owner(self) -> nn.Module:
+        module = self._noise.owner()
+        self.owners.add(type(module))
+        return module
+
+    def _refuse(self, function):
+        module = self._noise.owner()
+        raise UserError(
+            f"{self._noise.name(module)} draws random numbers by torch's {function.__name__} while it trains, which "
+            "would depend on ranks and batch size. Set the dropout, jitter or noise settings of this model to 0 in its "
+            "config.json."
+        )
+
+
+def _rate(function, arguments, keywords) -> tuple[torch.Tensor, float, bool]:
+    """Input, rate and training flag of a dropout function's call."""
+    if function is torch.dropout:
+        x, p, training = (*arguments, *(keywords[key] for key in ("p", "train") if key in keywords))
+        return x, p, training
+    bound = inspect.signature(function).bind(*arguments, **keywords)
+    bound.apply_defaults()
+    return bound.arguments["input"], bound.arguments.get("p", 1.0), bound.arguments["training"]
+
+
+def _size(arguments, keywords) -> tuple[int, ...]:
+    """The size that a factory function was called with."""
+    given = keywords.get("size", arguments)
+    return tuple(given[0]) if given and isinstance(given[0], list | tuple | torch.Size) else tuple(given)
