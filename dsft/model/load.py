@@ -9,9 +9,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -281,12 +282,15 @@ def load_model(
     return model
 
 
-def activation_checkpointing(model: PreTrainedModel, mode: ActivationCheckpointing) -> None:
+def activation_checkpointing(
+    model: PreTrainedModel, mode: ActivationCheckpointing, contexts: Callable[[], tuple[Any, Any]]
+) -> None:
     """Make each decoder layer recompute its activations in the backward pass.
 
     Args:
         model: Plain, or with its adapters already (peft, given a checkpointing model, would undo part of this).
         mode: `none` changes nothing; `offload` also keeps each layer's input in host memory.
+        contexts: `model.noise.Noise.checkpointing`, so that the second pass draws what the first one drew.
 
     Raises:
         UserError: The architecture does not support it.
@@ -300,7 +304,7 @@ def activation_checkpointing(model: PreTrainedModel, mode: ActivationCheckpointi
         )
     # Without an accelerator the activations are on the host already, and pinning them needs one.
     offload = mode is ActivationCheckpointing.offload and torch.accelerator.is_available()
-    model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts}, offload=offload)
     # Transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs; here it
     # would only send the backward pass through frozen layers.
     model.disable_input_require_grads()

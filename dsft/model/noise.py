@@ -17,7 +17,8 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -117,9 +118,9 @@ class _Drop(torch.autograd.Function):
 class Noise:
     """All random numbers that a model draws while it trains.
 
-    Dropout modules and the attention that `dsft` gives to models draw from it at once. `rehearse` finds the modules
-    that call dropout as a function or draw single numbers (which layer to skip), which then draw from it too, and
-    refuses what could not be the same for every split.
+    Dropout modules and the attention that `dsft` gives to models draw from it at once. Dropout that a model calls as
+    a function, and single numbers that it draws (which layer to skip), are met inside `drawing()`. Whether there are
+    any is found out by `rehearse`, which refuses what could not be the same for every split.
 
     Args:
         model: The model, with its adapters.
@@ -133,7 +134,7 @@ class Noise:
         self._names = {module: name for name, module in model.named_modules()}
         self._features: dict[str, torch.Tensor] = {}
         self._calls: Counter = Counter()
-        self._global = False
+        self._functional = self._global = self._again = False
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.forward = self._forward_of(module)
@@ -149,6 +150,23 @@ class Noise:
             key = int(_chain(self._seed, *step, 1))
             random.seed(key)
             np.random.seed(key % 2**32)
+
+    def drawing(self) -> AbstractContextManager:
+        """A context for forward passes of training."""
+        return _Functional(self) if self._functional else nullcontext()
+
+    def checkpointing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a layer's forward pass and of its repetition in the backward pass (torch's `context_fn`)."""
+        return nullcontext(), self._recomputing()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        self._again = True
+        try:
+            with self.drawing():
+                yield
+        finally:
+            self._again = False
 
     def rehearse(self, forward: Callable[[], object], exempt: bool = False) -> None:
         """Run a training forward pass to see what the model draws; random states are put back.
@@ -166,6 +184,7 @@ class Noise:
             watch = _Functional(self)
             with watch:
                 forward()
+            self._functional = watch.seen
             self._global = host != _host_states()
             if device != _device_states() and not exempt:
                 raise UserError(
@@ -173,10 +192,6 @@ class Noise:
                     "would depend on ranks and batch size. Set its dropout and noise settings to 0 in the model's "
                     "config.json."
                 )
-        for module in self._names:
-            # by their class: a layer of the same kind may have been skipped in this pass
-            if type(module) in watch.owners:
-                module.forward = self._watched(module.forward)
         if self._global:
             random.setstate(host[0])
             np.random.set_state(("MT19937", np.frombuffer(host[1], np.uint32), *host[2]))
@@ -220,7 +235,7 @@ class Noise:
 
     def attended(self, module: nn.Module) -> None:
         """Tell that a call of an attention layer is over: the next one draws anew."""
-        self._calls[module, _recomputing()] += 1
+        self._calls[module, self._again] += 1
 
     def _keys(self, place: str, rows: int, size: int, device: torch.device) -> torch.Tensor:
         """Feature keys of a place, shape (rows, size); kept, in the largest size that was asked for so far."""
@@ -233,7 +248,7 @@ class Noise:
         return kept[:, :size]
 
     def _place(self, module: nn.Module) -> str:
-        return f"{self._names[module]}#{self._calls[module, _recomputing()]}"
+        return f"{self._names[module]}#{self._calls[module, self._again]}"
 
     def _forward_of(self, module: nn.Dropout):
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -241,25 +256,16 @@ class Noise:
 
         return forward
 
-    def _watched(self, forward: Callable) -> Callable:
-        """A module's forward inside the mode; by module, since checkpointed layers run once more in backward passes."""
-
-        def watched(*arguments, **keywords):
-            with _Functional(self):
-                return forward(*arguments, **keywords)
-
-        return watched
-
     def called(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         """`dropout`, and the module's next call in this pass draws anew."""
         dropped = self.dropout(module, x, p)
-        self._calls[module, _recomputing()] += 1
+        self._calls[module, self._again] += 1
         return dropped
 
     def single(self, module: nn.Module) -> float:
         """A number in [0, 1) that is the same for all batches of an optimizer step, as for skipping layers."""
         place = int.from_bytes(hashlib.blake2b(self._place(module).encode(), digest_size=8).digest(), "little")
-        self._calls[module, _recomputing()] += 1
+        self._calls[module, self._again] += 1
         return int(_chain(self._seed, *self._step, place) >> np.uint64(11)) / 2**53
 
     def owner(self) -> nn.Module:
@@ -301,11 +307,6 @@ def _dropped(x: torch.Tensor, bits: torch.Tensor, p: float) -> torch.Tensor:
     return _Drop.apply(x, bits >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
 
 
-def _recomputing() -> bool:
-    """Whether this runs in a backward pass: checkpointed layers run once more there, each of their calls again."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _host_states() -> tuple:
     _, keys, *rest = np.random.get_state()
     return random.getstate(), keys.tobytes(), tuple(rest)
@@ -331,13 +332,13 @@ class _Functional(TorchFunctionMode):
     """Meets every call of torch by which a model draws at random: answers it from a Noise, or refuses it by name.
 
     Attributes:
-        owners: The classes of the modules that made such calls.
+        seen: Whether there was any.
     """
 
     def __init__(self, noise: Noise):
         super().__init__()
         self._noise = noise
-        self.owners: set[type[nn.Module]] = set()
+        self.seen = False
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -366,9 +367,8 @@ class _Functional(TorchFunctionMode):
         self._refuse(function)
 
     def _owner(self) -> nn.Module:
-        module = self._noise.owner()
-        self.owners.add(type(module))
-        return module
+        self.seen = True
+        return self._noise.owner()
 
     def _refuse(self, function):
         module = self._noise.owner()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -91,7 +92,8 @@ class CausalLM(nn.Module):
         weight = 1.0 if batch.supervised else 0.0
         at = at if batch.supervised else torch.zeros(1, dtype=torch.int64, device=at.device)
         targets = batch.labels[0, at].clamp(min=0)
-        nll, correct = self._nll(batch, at, targets)
+        with self.noise.drawing() if self.training else nullcontext():
+            nll, correct = self._nll(batch, at, targets)
         loss = nll * weight
         count = torch.tensor(float(batch.supervised), dtype=torch.float64, device=loss.device)
         return loss, Tally({"nll": loss.detach(), "correct": correct * weight, "supervised": count})

@@ -14,17 +14,20 @@ import tiny
 import torch
 import yaml
 
-from dsft.config.schema import Fp16Config, Method, OptimConfig, Packing, TuningConfig
+from dsft.config.schema import Fp16Config, Method, OptimConfig, OptimName, Packing, TuningConfig
+from dsft.data.batch import collate
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.evaluate import Evaluator
+from dsft.metrics import Tally
 from dsft.model import attention, rows, tuning
-from dsft.model.load import ModelSource, load_model
+from dsft.model.load import ModelSource, activation_checkpointing, load_model
 from dsft.model.vocabulary import Vocabulary
 
 NOISE_SEED = 11
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SCHEDULE = (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)
 """Multipliers of the first steps' learning rates: any that change from step to step."""
@@ -77,17 +80,15 @@ def engine(
         fp16=fp16 or Fp16Config(),
         max_grad_norm=optim.max_grad_norm,
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     source = ModelSource(model_dir, None, "", model_dir)
     with building(ds) as gather:
         model = load_model(source, dtype, attention.NAME)
         rows.grow(model, words or Vocabulary(0), gather)
         model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5, vocabulary=words)
-    if checkpointing is not None:
-        from dsft.model.load import activation_checkpointing
-
-        activation_checkpointing(model, checkpointing)
     task = tiny.task(model, chunk, seed=NOISE_SEED, alpha=neftune_alpha)
+    if checkpointing is not None:
+        activation_checkpointing(model, checkpointing, task.noise.checkpointing)
     made = Engine(task, ds, optim, world)
     try:
         yield made
@@ -159,6 +160,46 @@ def train(
             norms.append(made.grad_norm)
             applied.append(done)
         return {"loss": losses, "grad_norm": norms, "applied": applied, "weights": whole_weights(made)}
+
+
+class Known(torch.nn.Module):
+    """One weight of a given size, whose gradient is known: the loss is its product with fixed numbers."""
+
+    def __init__(self, elements: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(elements // 1000, 1000, dtype=dtype))
+        numbers = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("numbers", (numbers * 1e-2).to(dtype), persistent=False)
+
+    def forward(self, batch):
+        loss = (self.weight * self.numbers).sum(dtype=torch.float32)
+        return loss, Tally({"nll": loss.detach().double()})
+
+
+def norm(world, *, elements: int, stage: str, precision: str, max_grad_norm: float) -> dict[str, float]:
+    """A step of SGD with a rate of 1 on `Known`: the norm that is told, the right one, and how far the weights went."""
+    optim = OptimConfig(name=OptimName.sgd, lr=1.0, momentum=0.0, max_grad_norm=max_grad_norm)
+    ds = build_ds_config(
+        f"ds_configs/{stage}.json",
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=world.size,
+        precision=precision,
+        fp16=Fp16Config(initial_scale_power=4),
+        max_grad_norm=max_grad_norm,
+    )
+    module = Known(elements, DTYPES[precision])
+    right = float(module.numbers.double().square().sum().sqrt()) * world.size
+    made = Engine(module, ds, optim, world)
+    try:
+        made.train_step([collate([])], supervised=1, lr_multiplier=1.0)
+        with made.gathered([made.module.weight]):
+            moved = float(made.module.weight.detach().double().square().sum().sqrt())
+        return {"found": made.grad_norm, "right": right, "moved": moved}
+    finally:
+        made.close()
+        del made, module
+        gc.collect()
 
 
 def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: int, **options) -> dict[str, float]:

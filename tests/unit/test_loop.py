@@ -52,6 +52,10 @@ class Loader:
             self.steps += 1
             yield Step(batches=[], tokens=10, supervised=4, epoch=0)
 
+    @property
+    def epochs(self):
+        return self.steps // 10
+
     def progress(self):
         return self.steps / 10
 
@@ -101,7 +105,7 @@ def make(monkeypatch, tmp_path):
             engine=Engine(applied),
             loader=Loader(),
             evaluator=Evaluator(losses) if losses else None,
-            schedule=Schedule(schedule or ScheduleConfig(name=ScheduleName.constant), total, total),
+            schedule=Schedule(schedule or ScheduleConfig(name=ScheduleName.constant), total),
             tracker=Tracker(),
             world=World(),
             stop=SimpleNamespace(received=stop),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,10 @@ from dsft.errors import UserError
 from dsft.model import attention, load
 
 WORDS = ["<unk>", "<end>", "the", "cat", "sat", "你", "好"]
+
+
+def no_contexts():
+    return nullcontext(), nullcontext()
 
 
 def tiny_llama(tie: bool = True, vocab: int = 16) -> LlamaForCausalLM:
@@ -189,7 +194,7 @@ def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(mode
 
     plain_calls, plain = gradients(tiny_llama())
     model = tiny_llama()
-    load.activation_checkpointing(model, mode)
+    load.activation_checkpointing(model, mode, no_contexts)
     calls, recomputed = gradients(model)
     assert (plain_calls, calls) == (1, 2)
     torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
@@ -198,7 +203,7 @@ def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(mode
 def test_activation_checkpointing_does_not_send_gradients_below_the_lowest_trained_layer():
     model = tiny_llama(tie=False).requires_grad_(False)
     model.model.layers[1].requires_grad_(True)
-    load.activation_checkpointing(model, ActivationCheckpointing.full)
+    load.activation_checkpointing(model, ActivationCheckpointing.full, no_contexts)
     outputs = []
     model.model.layers[0].register_forward_hook(lambda *args: outputs.append(args[2]))
     ids = torch.randint(16, (1, 9))
