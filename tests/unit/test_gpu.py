@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 
-from dsft.config.schema import Attention
+from dsft.config.schema import ActivationCheckpointing, Attention
 from dsft.data.batch import collate
-from dsft.model import attention
+from dsft.errors import UserError
+from dsft.model import attention, noise
+from dsft.model.load import activation_checkpointing
 
 pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kernel", [Attention.torch_varlen, Attention.flash])
 @pytest.mark.parametrize("window", [None, 8])
 def test_variable_length_kernels_equal_the_loop_over_documents(kernel, window):
     """Forward and gradient, with grouped heads and a sliding window, up to bf16's rounding."""
-    device = torch.device("cuda")
     try:
-        attention.choose_kernel(kernel, device, torch.bfloat16)
-    except Exception as missing:
+        attention.choose_kernel(kernel, CUDA, torch.bfloat16)
+    except UserError as missing:
         pytest.skip(str(missing))
     lengths = [5, 31, 1, 64]
     torch.manual_seed(0)
-    query = torch.randn(1, 8, sum(lengths), 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    query = torch.randn(1, 8, sum(lengths), 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     key, value = (
-        torch.randn(1, 2, sum(lengths), 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
+        torch.randn(1, 2, sum(lengths), 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
     )
     layer = torch.nn.Module()
     outputs = []
     for chosen in (kernel, Attention.per_document):
-        documents = attention.Documents.of(lengths, device, chosen)
+        documents = attention.Documents.of(lengths, CUDA, chosen)
         output, _ = attention.attention(layer, query, key, value, None, documents=documents, sliding_window=window)
         gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
         outputs.append((output, *gradients))
@@ -39,14 +47,77 @@ def test_variable_length_kernels_equal_the_loop_over_documents(kernel, window):
         assert torch.allclose(found.float(), expected.float(), atol=3e-2, rtol=3e-2)
 
 
-def test_loss_on_cuda_equals_the_cpu():
-    """A flat batch in bf16 on the device against fp32 on the CPU."""
+@pytest.mark.parametrize("kernel", [Attention.auto, Attention.per_document])
+def test_loss_on_cuda_equals_the_cpu(kernel):
+    """A flat batch in bf16 on the device against fp32 on the CPU; a head size that every kernel takes."""
     batch = collate(tiny.examples(6))
     losses = []
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        model = tiny.llama(attn_implementation=attention.NAME).to(device, dtype)
-        kernel = attention.choose_kernel(Attention.auto, torch.device(device), dtype)
-        task = tiny.task(model, 16, kernel=kernel)
-        loss, _ = task(batch.to(torch.device(device)))
+    for device, dtype in ((torch.device("cpu"), torch.float32), (CUDA, torch.bfloat16)):
+        model = tiny.llama(attn_implementation=attention.NAME, hidden_size=128).to(device, dtype)
+        chosen = attention.choose_kernel(kernel, device, dtype)
+        loss, _ = tiny.task(model, 16, kernel=chosen)(batch.to(device))
         losses.append(float(loss))
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [Attention.auto, Attention.per_document])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_sound_model_passes_the_isolation_probe_in_bf16(family, kernel):
+    """A row and a document alone run different kernels here, and experts get other numbers of tokens."""
+    changes = {"num_local_experts": 4} if family == "mixtral" else {}
+    changes |= {"hidden_size": 256, "head_dim": 64}
+    model = tiny.causal(family, attention.NAME, **changes).to(CUDA, torch.bfloat16)
+    chosen = attention.choose_kernel(kernel, CUDA, torch.bfloat16)
+    loss, _ = tiny.task(model, 16, kernel=chosen).train()(collate(tiny.examples(6, vocabulary=100)).to(CUDA))
+    assert torch.isfinite(loss)
+
+
+def test_a_small_leak_is_refused_in_bf16():
+    changes = {"layer_types": ["conv", "full_attention"]}
+    model = tiny.causal("lfm2", attention.NAME, **changes).to(CUDA, torch.bfloat16)
+    with pytest.raises(UserError, match="keep the documents of a row apart"):
+        tiny.task(model, 16).train()(collate(tiny.examples(6, vocabulary=100)).to(CUDA))
+
+
+def test_noise_is_that_of_the_cpu():
+    tokens = noise.token_keys(7, (2, 3), [40, 60], [11, 5]).unsqueeze(1)
+    features = noise.feature_keys("model.layers.0#1", 33)
+    assert torch.equal(noise.draw(tokens.to(CUDA), features.to(CUDA)).cpu(), noise.draw(tokens, features))
+
+
+@pytest.mark.parametrize("mode", [ActivationCheckpointing.full, ActivationCheckpointing.offload])
+def test_recomputed_activations_draw_the_same(mode):
+    """Backward passes run in threads of their own here; dropout as modules, as functions, and of attention."""
+    gradients = []
+    for chosen in (ActivationCheckpointing.none, mode):
+        model = tiny.causal("opt", attention.NAME, dropout=0.2, attention_dropout=0.3, layerdrop=0.5).to(CUDA)
+        task = tiny.task(model, 7, alpha=5.0).train()
+        activation_checkpointing(model, chosen, task.noise.checkpointing)
+        loss, _ = task(collate(tiny.examples(6, vocabulary=100), (1, 4)).to(CUDA))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_run_from_beginning_to_end_over_nccl(stage, tmp_path):
+    """bf16, packing, LoRA with dropout, evaluation, checkpoints, samples and the verified export."""
+    model = tiny.save(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    arguments = [
+        f"run_dir={tmp_path / 'run'}",
+        f"model.path={model}",
+        f"data.train={tiny.write_jsonl(tmp_path / 'train.jsonl', tiny.records(80))}",
+        f"data.validation={tiny.write_jsonl(tmp_path / 'validation.jsonl', tiny.records(11, seed=1))}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"deepspeed={stage}",
+        *("data=jsonl", "data.max_length=64", "tuning=lora", "tuning.dropout=0.1", "precision=bf16"),
+        *("train.max_steps=6", "train.save_every=3", "optim.lr=1e-2", "train.sample_tokens=8"),
+    ]
+    command = [sys.executable, "launch/train.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 6
+    assert (tmp_path / "run/model/model.safetensors").is_file() and "exported" in result.stderr
