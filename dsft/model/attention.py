@@ -8,6 +8,7 @@ use it under the attention name NAME, so no model is touched.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -253,10 +254,12 @@ def _variable_length(query, key, value, documents: Documents, scale, window, dro
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = k.shape[1] != q.shape[1]
-        output = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=grouped
-        )
+        groups, options = q.shape[1] // k.shape[1], {"scale": scale, "window_size": (left, 0)}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = groups > 1
+        elif groups > 1:  # torch before 2.13
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     return output.unsqueeze(0)
 
 
