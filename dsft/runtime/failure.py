@@ -27,7 +27,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from dsft.errors import UserError
-from dsft.runtime.place import Place
+from dsft.runtime.place import Place, port_taken
 
 MEETING = timedelta(minutes=10)
 """How long a rank waits for rank 0 to be there: for the slowest host to start its first process."""
@@ -581,14 +581,6 @@ class _Line(threading.Thread):
         time.sleep(VERDICT)  # rank 0 says the same, and where it is on this host, its launcher ends this rank by now
         place = self._place
         return Cause(place.rank, place.local_rank, self._host, port_taken(place), 2, silent=True)
-
-
-def port_taken(place: Place) -> str:
-    """What to do where another program holds the port on which ranks meet."""
-    return (
-        f"port {place.master_port} of {place.master_addr} is in use, by another run for example. Choose a free one: "
-        "--master_port N (`deepspeed`, torchrun), or MASTER_PORT=N in the environment."
-    )
 
 
 def _store(place: Place, hosts: bool):

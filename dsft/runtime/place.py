@@ -115,6 +115,23 @@ def _from_mpi(env: Mapping[str, str]) -> Place:
     return Place(world.Get_rank(), local.Get_rank(), size, host, port, "mpi", local.Get_size())
 
 
+def port_taken(place: Place, env: Mapping[str, str] = os.environ) -> str:
+    """What to do where another program holds the port on which ranks meet, in the words of the launcher."""
+    port = free_port()
+    if place.launcher in ("mpi", "single"):
+        change = "start it again, for a free port is chosen at each start"
+    elif "TORCHELASTIC_RUN_ID" in env:
+        change = f"choose another one: torchrun --master-port {port} launch/train.py ..."
+    elif "CROSS_SIZE" in env:  # by deepspeed's launcher alone
+        change = f"choose another one: deepspeed --master_port {port} launch/train.py ..."
+    else:
+        change = f"choose another one: export MASTER_PORT={port}"
+    return (
+        f"port {place.master_port} of {place.master_addr}, on which the ranks were to meet, is in use, by another run "
+        f"perhaps: {change}"
+    )
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on at this moment."""
     with socket.socket() as probe:

@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from dsft.errors import UserError
 from dsft.runtime.failure import PeerFailed
 from dsft.runtime.failure import describe as describe_error
-from dsft.runtime.place import Place
+from dsft.runtime.place import Place, port_taken
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for the slowest rank: as long as saving or evaluating may keep one busy."""
@@ -139,7 +139,7 @@ def join(place: Place, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group: NCCL on CUDA devices, gloo on CPUs.
 
     Raises:
-        UserError: There are more ranks on this host than devices.
+        UserError: There are more ranks on this host than devices, or the port on which they meet is in use.
     """
     place.export()
     on_cuda = torch.cuda.is_available()
@@ -157,9 +157,14 @@ def join(place: Place, timeout: timedelta = TIMEOUT) -> World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
         # serves DeepSpeed's inference only, and would be compiled for a minute first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+    except dist.DistNetworkError as problem:  # a world of one meets here first
+        if "EADDRINUSE" not in str(problem):
+            raise
+        raise UserError(port_taken(place)) from None
     return World(place, device)
 
 

@@ -83,6 +83,20 @@ def test_two_runs_do_not_share_a_run_directory(endless, base, scratch):
     assert running.popen.poll() is None
 
 
+def test_a_second_run_on_the_same_port_is_told_to_choose_another(endless, base, scratch, tmp_path):
+    running, run_dir = endless
+    arguments = [str(argument) for argument in running.popen.args]
+    port = arguments[arguments.index("--master_port") + 1]
+    launcher = [helpers.BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port]
+    result = helpers.run([*launcher, "launch/train.py", f"run_dir={tmp_path / 'run'}", *base, *SHORT], scratch)
+    assert result.code == 2, result.err
+    (line,) = [line for line in result.err.splitlines() if "error: " in line]
+    assert line.startswith(f"error: port {port} of ") and "choose another one: deepspeed --master_port " in line
+    assert "Traceback" not in result.err
+    # the run that was there first goes on
+    running.until(helpers.reached(run_dir, helpers.rows(run_dir)[-1]["step"] + 2))
+
+
 def test_a_killed_rank_ends_the_others(endless):
     running, _ = endless
     running.ranks()[1].kill()

@@ -1,6 +1,7 @@
 """Every launcher's environment, and what each process makes of it."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -195,6 +196,33 @@ def test_a_place_is_told_to_torch_by_the_environment(monkeypatch):
     told = {"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node-b", "MASTER_PORT": "31234"}
     assert {key: os.environ[key] for key in told} == told
     assert discover() == Place(2, 1, 4, "node-b", 31234, "environment")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "remedy"),
+    [
+        ("environment", {"CROSS_SIZE": "1"}, r"deepspeed --master_port \d+ launch/train\.py"),
+        ("environment", {"TORCHELASTIC_RUN_ID": "x"}, r"torchrun --master-port \d+ launch/train\.py"),
+        ("environment", {}, r"export MASTER_PORT=\d+$"),
+        ("slurm", {}, r"export MASTER_PORT=\d+$"),
+        ("mpi", {}, "start it again"),
+        ("single", {}, "start it again"),
+    ],
+)
+def test_a_port_in_use_is_told_in_the_words_of_the_launcher(launcher, env, remedy):
+    message = place.port_taken(Place(0, 0, 2, "node-a", 29500, launcher), env)
+    assert re.match(rf"port 29500 of node-a, .* is in use, by another run perhaps: .*{remedy}", message), message
+
+
+def test_a_world_of_one_on_a_port_in_use(monkeypatch):
+    from dsft.runtime.world import join
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored afterwards: `join` sets them
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^port {port} of 127\.0\.0\.1, .*: export MASTER_PORT="):
+            join(Place(0, 0, 1, "127.0.0.1", port, "environment"))
 
 
 def test_a_free_port_can_be_taken():
