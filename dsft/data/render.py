@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -34,8 +34,8 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train
 
     Raises:
         BadRecord: The template refuses the conversation.
-        UserError: There is no chat template, or it has no `{% generation %}` marks and does not write a conversation's
-            beginning in the same way once the conversation goes on.
+        UserError: There is no chat template, it is broken as such, or it has no `{% generation %}` marks and does not
+            write a conversation's beginning in the same way once the conversation goes on.
     """
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, without offsets of its tokens; a model with a fast one is needed")
@@ -46,7 +46,14 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train
             f"{conversation.origin}: the record is a chat, but the tokenizer has no chat template; give one with "
             "model.chat_template=FILE, take an instruction-tuned model, or give records with a `text` field"
         )
-    text, spans = _supervised_text(conversation, tokenizer, train_on)
+    try:
+        text, spans = _supervised_text(conversation, tokenizer, train_on)
+    except BadRecord:
+        _refuse_broken(_template(conversation, tokenizer), tokenizer)
+        raise
+    answer = str(conversation.messages[-1].get("content") or "").strip()
+    if answer and answer not in text:
+        _refuse_broken(_template(conversation, tokenizer), tokenizer)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return _example(encoding["input_ids"], _overlap(encoding["offset_mapping"], spans))
 
@@ -153,9 +160,44 @@ def _rendered(
             add_generation_prompt=prompt,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program
         raise BadRecord(conversation.origin, f"the chat template refuses the conversation: {error}") from error
     return texts[0], spans[0] if marks else []
+
+
+def _refuse_broken(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Blame the template before the record, where it can do nothing with any conversation.
+
+    Raises:
+        UserError: It is no valid template, fails on the plainest conversations, or leaves out what is said.
+    """
+    if fault := _fault(template, tuple(sorted(tokenizer.special_tokens_map.items()))):
+        raise UserError(
+            f"the chat template (model.chat_template=FILE, or else that of model.path) {fault}. Correct it, or give "
+            "another with model.chat_template=FILE."
+        )
+
+
+@lru_cache(maxsize=4)
+def _fault(template: str, specials: tuple[tuple[str, str], ...]) -> str | None:
+    """What is wrong with a template, as the plainest conversations show; None if it can do with one of them."""
+    question, answer = (
+        {"role": "user", "content": "where is the moon"},
+        {"role": "assistant", "content": "over the hill"},
+    )
+    faults = []
+    for beginning in ([question], [{"role": "system", "content": "be brief"}, question]):
+        try:
+            texts, _ = render_jinja_template([[*beginning, answer]], chat_template=template, **dict(specials))
+        except TemplateSyntaxError as error:
+            return f"is no valid Jinja template: line {error.lineno}: {error.message}"
+        except Exception as error:
+            faults.append(f"fails on every conversation: {error}")
+            continue
+        if answer["content"] in texts[0]:
+            return None
+        faults.append("leaves out what the assistant says" if texts[0].strip() else "renders nothing")
+    return faults[0]
 
 
 def _turn_span(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, text: str, turn: int) -> Span:

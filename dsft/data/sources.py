@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from dsft.errors import UserError
+from dsft.runtime.content import disguise
 
 Fields = dict[str, Any]
 
@@ -93,22 +94,30 @@ def files(spec: str) -> list[Path] | None:
         UserError: Nothing is there, or nothing of a known format.
     """
     path = Path(spec).expanduser()
-    if path.is_file():
+    if _is_file(path):
         found = [path]
     elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
+        found = [p for p in path.rglob("*") if _is_file(p) and not _hidden(p.relative_to(path))]
     elif glob.has_magic(spec):
         matches = glob.glob(str(path), recursive=True)
-        found = [match for match in map(Path, matches) if match.is_file()]
+        found = [match for match in map(Path, matches) if _is_file(match)]
     elif _looks_like_hub_id(spec):
         return None
     else:
         raise UserError(f"{spec}: no such file, directory or glob, and not a hub id (owner/name)")
+    for file in found:
+        if file.suffix.lower() in READERS and (problem := disguise(file, text=file.suffix.lower() != ".parquet")):
+            raise UserError(f"{file} is {problem}")
     known = sorted(p for p in found if p.suffix.lower() in READERS)
     if not known:
         names = ", ".join(sorted(p.name for p in found)[:5]) or "nothing"
         raise UserError(f"{spec}: no file of a known format (found {names}); supported are {', '.join(READERS)}")
     return known
+
+
+def _is_file(path: Path) -> bool:
+    """A file, or a link to something that is not there."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _hidden(path: Path) -> bool:

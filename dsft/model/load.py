@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,14 +29,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.quantization_config import GgufConfig
 
 from dsft.config.schema import ActivationCheckpointing
 from dsft.errors import UserError
+from dsft.model import directory as directories
+from dsft.runtime.content import disguise
 
 CONVERSION = 1
 """Version of what a converted GGUF directory holds; a new number makes old caches unused."""
+
+BYTE_ORDER_MARK = "\ufeff"
 
 FORMS = "Give a directory, a hub id (`org/name`), a `.gguf` file or `package://NAME/FILE`."
 
@@ -76,12 +83,13 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
         UserError: There is no such model; the message names what was tried.
     """
     local = _inside_package(path) if path.startswith("package://") else Path(path).expanduser()
+    if local.is_symlink() and not local.exists():
+        raise UserError(f"model.path={path} is {disguise(local)}.")
     if local.is_file() and local.suffix == ".gguf":
         directory, digest, content = _converted(local, Path(cache_dir).expanduser())
         return ModelSource(str(directory), None, digest, path, _anywhere(path, local), {local.name: content})
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise UserError(f"model.path={path}: the directory {local.resolve()} holds no config.json. {FORMS}")
+        directories.check_directory(path, local)
         files = _file_digests(local)
         fingerprint = _digest(*(part for item in files.items() for part in item))
         return ModelSource(str(local.resolve()), None, fingerprint, path, _anywhere(path, local), files)
@@ -94,7 +102,7 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
 
 def on_hub(path: str) -> bool:
     """Whether `resolve` would ask the hub for `path`: nothing of this name lies here."""
-    return not path.startswith("package://") and not Path(path).expanduser().exists()
+    return not path.startswith("package://") and not os.path.lexists(Path(path).expanduser())
 
 
 def _anywhere(path: str, local: Path) -> str:
@@ -125,6 +133,8 @@ def _on_hub(path: str, revision: str | None) -> ModelSource:
     try:
         config_file = cached_file(path, "config.json", revision=revision)
     except OSError as error:
+        if about := _adapters_on_hub(path, revision):
+            raise UserError(f"model.path={path}: {directories.adapters(about)}") from error
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
             f"model.path={path}: no directory {Path(path).absolute()}, and the hub gave no config.json of "
@@ -134,9 +144,21 @@ def _on_hub(path: str, revision: str | None) -> ModelSource:
     return ModelSource(path, commit, _digest(path, commit), path, path)
 
 
+def _adapters_on_hub(path: str, revision: str | None) -> dict[str, Any] | None:
+    try:
+        return directories.read_json(Path(cached_file(path, "adapter_config.json", revision=revision)))
+    except OSError:
+        return None
+
+
 def _converted(file: Path, cache_dir: Path) -> tuple[Path, str, str]:
     """Directory that holds the GGUF file's model in Hugging Face's layout, its digest, and that of the GGUF file."""
+    if problem := disguise(file):
+        raise UserError(f"{file} is {problem}.")
     with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{file} is no GGUF file, whatever its name says: download or copy it again.")
+        stream.seek(0)
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = _digest(content, CONVERSION, transformers.__version__)
     target = cache_dir / "models" / f"{file.stem}-{digest[:16]}"
@@ -189,7 +211,9 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         UserError: It cannot be read, or transformers does not know the architecture.
     """
     with _loading(source, "config.json"):
-        return AutoConfig.from_pretrained(source.path, revision=source.revision)
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+    directories.check_config(source.name, config.to_dict())
+    return config
 
 
 def load_generation_config(source: ModelSource) -> bytes | None:
@@ -210,8 +234,10 @@ def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -
     Raises:
         UserError: No tokenizer, a slow one (without character offsets), or an unreadable template file.
     """
+    if source.revision is None:
+        directories.check_tokenizer(source.name, Path(source.path))
     with _loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
             f"model.path={source.name}: its tokenizer ({type(tokenizer).__name__}) has no fast version. "
@@ -222,11 +248,32 @@ def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -
             raise UserError(f"model.path={source.name}: its tokenizer names neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template_file is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template_file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={chat_template_file}: cannot be read: {error}") from error
+        tokenizer.chat_template = _read_template(Path(chat_template_file).expanduser())
+    elif isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
     return tokenizer
+
+
+def _read_template(file: Path) -> str:
+    """The Jinja template in a file of UTF-8 text, without a byte-order mark, which would be part of every answer.
+
+    Raises:
+        UserError: There is no such file, it holds something else, or no valid template.
+    """
+    where = f"model.chat_template={file}"
+    try:
+        problem = disguise(file, text=True)
+        text = "" if problem else file.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
+        _compile_jinja_template(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}: save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}.") from error
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}:{error.lineno}: no valid Jinja template: {error.message}.") from error
+    if problem or not text.strip():
+        raise UserError(f"{where} is {problem or 'empty: give a file with a Jinja template'}.")
+    return text
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

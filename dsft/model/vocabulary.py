@@ -17,11 +17,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dsft.errors import UserError
+from dsft.runtime.content import disguise
 
 MARKER = re.compile(r"<[|｜].+[|｜]>")
 """A control marker such as `<|im_end|>`: a special token, which decoding can leave out. All others are text."""
-
-LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
 BLOCK = 1 << 24
 """Ids that are looked at at once."""
@@ -116,15 +115,16 @@ def read(file: str) -> list[str]:
     """
     where = f"data.new_tokens={file}"
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        path = Path(file).expanduser()
+        if problem := disguise(path, text=True):
+            raise UserError(f"{where}: this is {problem}.")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
         raise UserError(
             f"{where}: cannot be read: {error.strerror}. Give a text file with a token per line."
         ) from error
-    if text.startswith(LFS_POINTER):
-        raise UserError(f"{where}: this is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, line in lines:
         if line != line.strip():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,11 +142,12 @@ def test_damaged_files_are_a_message_not_a_traceback(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    source = load.resolve(str(saved))
     with pytest.raises(UserError, match="cannot load the model"):
-        load.load_model(load.resolve(str(tmp_path)), torch.float32, "eager")
+        load.load_model(replace(source, path=str(tmp_path)), torch.float32, "eager")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_architecture"}))
     with pytest.raises(UserError, match=r"cannot load the config\.json.*no_such_architecture"):
-        load.load_config(load.resolve(str(tmp_path)))
+        load.load_config(replace(source, path=str(tmp_path)))
 
 
 def test_the_tokenizer_gets_a_padding_token_and_the_template_file(saved, tmp_path):
@@ -159,6 +161,36 @@ def test_the_tokenizer_gets_a_padding_token_and_the_template_file(saved, tmp_pat
     assert tokenizer.apply_chat_template([{"role": "user", "content": "你"}], tokenize=False) == "你"
     with pytest.raises(UserError, match=r"model\.chat_template=.*gone\.jinja"):
         load.load_tokenizer(source, str(tmp_path / "gone.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{{ messages[0]['content'] }}".decode().encode("utf-16"), "is UTF-16 text, not UTF-8: convert it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"<html>404</html>", "is a web page"),
+        (b"", "is empty: give a file"),
+        (b"\xef\xbb\xbf \n", "is empty: give a file"),
+        ("{{ '好' }}".encode("gb18030"), "not UTF-8 at byte 4"),
+        (b"{% for m in messages %}\n{{ m['content'] }}\n{% endfr %}", r":3: no valid Jinja template: .*endfr"),
+    ],
+)
+def test_a_template_file_that_is_none_is_named_for_what_it_is(saved, tmp_path, content, message):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^model\.chat_template={file}(:| ).*{message.lstrip(':')}"):
+        load.load_tokenizer(load.resolve(str(saved)), str(file))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(saved, tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    file = tmp_path / "chat.jinja"
+    file.write_text(template, encoding="utf-8-sig")
+    assert load.load_tokenizer(load.resolve(str(saved)), str(file)).chat_template == template
+    model = tmp_path / "model"
+    shutil.copytree(saved, model)
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8-sig")
+    assert load.load_tokenizer(load.resolve(str(model))).chat_template == template
 
 
 def test_a_slow_tokenizer_is_refused(saved, monkeypatch):

@@ -207,6 +207,31 @@ def test_a_prompt_that_the_history_lacks_is_refused_even_for_the_last_turn():
     assert "last_assistant" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for m in messages %}\n{{ m.content }", r"is no valid Jinja template: line 2"),
+        ("{{ nothing.at.all }}", "fails on every conversation: 'nothing' is undefined"),
+        ("{{ raise_exception('never') }}", "fails on every conversation: never"),
+        ("{{ messages + 1 }}", "fails on every conversation: can only concatenate list"),
+        ("{{ 1 / 0 }}", "fails on every conversation: division by zero"),
+        ("{% for m in message %}{{ m.content }}{% endfor %}", "renders nothing"),
+        (CHATML.replace("m.content", "m.contents"), "leaves out what the assistant says"),
+        ("version https://git-lfs.github.com/spec/v1", "leaves out what the assistant says"),
+    ],
+)
+def test_a_template_that_is_broken_as_such_is_blamed_before_the_record(template, fault):
+    with pytest.raises(UserError, match=rf"^the chat template \(model\.chat_template=FILE, .*{fault}") as caught:
+        learnt([user("a"), assistant("b c")], template)
+    assert not isinstance(caught.value, BadRecord)
+
+
+def test_a_template_that_wants_a_system_turn_is_not_broken():
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    with pytest.raises(BadRecord, match="refuses the conversation: no system turn"):
+        learnt([user("a"), assistant("b")], template)
+
+
 def test_a_conversation_that_the_template_refuses_is_a_bad_record():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
     with pytest.raises(BadRecord, match=r"f.jsonl:1: the chat template refuses the conversation: no system turns"):

@@ -177,3 +177,37 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path):
     assert sources.fingerprint(str(tmp_path / "b.jsonl")) == before
     write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
     assert sources.fingerprint(str(tmp_path / "b.jsonl")) != before
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a Git LFS pointer"),
+        (b"/annex/objects/SHA256E-s3--0\n", "a git-annex pointer"),
+        (b"<!DOCTYPE html>\n<html>", "a web page"),
+    ],
+)
+def test_a_file_that_is_another_is_named_before_any_record(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for spec in (tmp_path / name, tmp_path, tmp_path / "*"):
+        with pytest.raises(UserError, match=rf"{name} is {message}") as caught:
+            sources.files(str(spec))
+        assert not isinstance(caught.value, BadRecord)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_in_another_encoding_is_named_and_utf8_with_a_mark_is_read(tmp_path, encoding):
+    for name, text in (("a.jsonl", '{"text": "月"}\n'), ("a.json", '[{"text": "月"}]'), ("a.csv", "text\n月\n")):
+        file = tmp_path / name
+        file.write_text(text, encoding=encoding)
+        with pytest.raises(UserError, match=rf"{name} is {encoding.upper()} text, not UTF-8: convert it"):
+            sources.files(str(file))
+        file.write_text(text, encoding="utf-8-sig")
+        assert fields(file) == [{"text": "月"}]
+
+
+def test_a_link_into_an_annex_is_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to(".git/annex/objects/X/SHA256E-s3--0")
+    with pytest.raises(UserError, match=r"a\.jsonl is a git-annex link"):
+        sources.files(str(tmp_path))

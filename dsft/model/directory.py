@@ -1,0 +1,230 @@
+"""What a directory given as `model.path` is, looked at before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from dsft.errors import UserError
+from dsft.runtime.content import disguise, unsound_weights
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+         "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
+FOREIGN = {
+    "*.h5": "TensorFlow",
+    "*.msgpack": "Flax",
+    "*.onnx": "ONNX",
+    "consolidated.*": "the original publisher's layout",
+    "params.json": "the original publisher's layout",
+}
+SHOWN = 5
+"""Names that a message lists at most."""
+
+
+def check_directory(path: str, directory: Path) -> None:
+    """Refuse a directory that holds no whole model, for what it is.
+
+    Args:
+        path: What was given as `model.path`.
+        directory: That directory.
+
+    Raises:
+        UserError: It holds adapters, a run, a checkpoint or other models; files that are pointers, web pages, empty,
+            cut off or missing. The message says which, and what to give or do instead.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"model.path={path}: {adapters(read_json(directory / 'adapter_config.json'))}")
+    if not (directory / "config.json").is_file() and not (directory / "config.json").is_symlink():
+        raise UserError(f"model.path={path}: {_without_config(path, directory)}")
+    for name in TEXTS:
+        file = directory / name
+        if file.is_symlink() or file.is_file():
+            problem = disguise(file, text=True) or ("empty: download or copy it again" if _empty(file) else None)
+            if problem:
+                raise UserError(f"{file} is {problem}.")
+    if problem := _weights(directory):
+        raise UserError(f"model.path={path}: {problem}")
+    check_config(path, read_json(directory / "config.json"))
+
+
+def adapters(about: dict[str, Any]) -> str:
+    """What to do with adapters, whose `adapter_config.json` is `about`, where a model is wanted."""
+    base = about.get("base_model_name_or_path")
+    return (
+        f"it holds adapters (adapter_config.json), not a model. Give the model that they were trained on, "
+        f"{f'model.path={base}' if base else 'which they do not name'}; or write a whole model first, for adapters of "
+        "dsft by `python launch/export.py run_dir=R output=DIR`, for others by peft's merge_and_unload, and give "
+        "model.path=DIR."
+    )
+
+
+def check_config(path: str, about: dict[str, Any]) -> None:
+    """Refuse a model that cannot be trained here, by the content of its `config.json`.
+
+    Raises:
+        UserError: Its weights are quantised, it needs code of its own, or it is no causal language model.
+    """
+    kind = about.get("model_type")
+    problem = _quantised(about) or _own_code(about, kind) or _not_causal(about, kind)
+    if problem:
+        raise UserError(f"model.path={path}: {problem}")
+
+
+def _quantised(about: dict[str, Any]) -> str | None:
+    quantization = about.get("quantization_config") or about.get("compression_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    return (
+        f"its weights are quantised (quantization_config: {method}), and training needs plain ones. Give the model "
+        "that it was made from, or the same model as a .gguf file, which is unpacked."
+    )
+
+
+def _own_code(about: dict[str, Any], kind: Any) -> str | None:
+    if not about.get("auto_map") or kind in CONFIG_MAPPING_NAMES:
+        return None
+    return (
+        f"the architecture {kind!r} comes with code of its own (auto_map in config.json), which is never run here, and "
+        "transformers does not know it. Give another model, or install a transformers that knows it."
+    )
+
+
+def _not_causal(about: dict[str, Any], kind: Any) -> str | None:
+    if about.get("is_encoder_decoder"):
+        what = "an encoder-decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
+        what = "an encoder"
+    elif kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = "of an architecture that transformers has no causal language model of"
+    else:
+        return None
+    name = ", ".join(about.get("architectures") or [str(kind)])
+    return f"{name} ({kind}) is {what}, not a causal language model. Give one, such as a Llama, Qwen or Gemma."
+
+
+def _without_config(path: str, directory: Path) -> str:
+    """What a directory without a config.json is, and what to give instead."""
+    inside = sorted(directory.iterdir())
+    names = {entry.name for entry in inside}
+    if {"manifest.json", "state.json"} <= names:
+        run, step = directory.resolve().parents[1], directory.name.removeprefix("step-").lstrip("0") or "0"
+        return (
+            "this is a checkpoint of a run, to resume from. Write its model first: python launch/export.py "
+            f"run_dir={run} checkpoint={step} output=DIR; and give model.path=DIR."
+        )
+    if "config.yaml" in names and {"checkpoints", "metrics.jsonl", "model"} & names:
+        if (directory / "model" / "config.json").is_file():
+            return f"this is the directory of a run, and its model is model.path={_below(path, 'model')}."
+        return (
+            f"this is the directory of a run, which has written no model: python launch/export.py run_dir={path} "
+            f"writes one, to be given as model.path={_below(path, 'model')}."
+        )
+    found = _models_below(directory)
+    if found:
+        listed = " or ".join(f"model.path={_below(path, name)}" for name in found[:SHOWN])
+        more = f", or {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return f"no config.json stands in it, but in directories below: give {listed}{more}."
+    foreign = next((what for pattern, what in FOREIGN.items() if any(directory.glob(pattern))), None)
+    if foreign:
+        return f"it holds weights in {foreign}'s format, and no config.json: give the model in Hugging Face's format."
+    holds = ", ".join(entry.name for entry in inside[:SHOWN]) or "nothing"
+    return (
+        f"the directory {directory.resolve()} holds no config.json (it holds {holds}). Give a directory with a whole "
+        "model, a hub id (`org/name`), a `.gguf` file or `package://NAME/FILE`."
+    )
+
+
+def _models_below(directory: Path) -> list[str]:
+    """Directories up to three levels below that hold a config.json, and .gguf files right here; by relative name."""
+    found = [file.name for file in sorted(directory.glob("*.gguf"))]
+    for depth in ("*", "*/*", "*/*/*"):
+        found += [str(file.parent.relative_to(directory)) for file in sorted(directory.glob(f"{depth}/config.json"))]
+        if found:
+            return found
+    return found
+
+
+def _weights(directory: Path) -> str | None:
+    """What is wrong with the weights, which are one file or an index and its parts."""
+    for name in INDICES:
+        if not (directory / name).is_file() or (directory / name.removesuffix(".index.json")).exists():
+            continue
+        if problem := disguise(directory / name, text=True):
+            return f"{name} is {problem}."
+        parts = sorted(set(read_json(directory / name).get("weight_map", {}).values()))
+        missing = [part for part in parts if not _there(directory / part)]
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            return (
+                f"{name} names {len(parts)} files of weights, and {len(missing)} of them are not there: "
+                f"{', '.join(missing[:SHOWN])}{more}. Download or copy them."
+            )
+        return _first_unsound(directory, parts)
+    one = [name for name in WEIGHTS if _there(directory / name)]
+    if one:
+        return _first_unsound(directory, one[:1])
+    others = sorted(file.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in directory.glob(pattern))
+    foreign = sorted({what for pattern, what in FOREIGN.items() if any(directory.glob(pattern))})
+    held = f"It holds {', '.join(others[:SHOWN])}." if others else f"It holds some of {foreign[0]}." if foreign else ""
+    return (
+        f"{directory} holds a config.json but no weights ({' or '.join(WEIGHTS)}, or an index of several files). "
+        f"Download or copy them. {held}".rstrip()
+    )
+
+
+def _first_unsound(directory: Path, names: list[str]) -> str | None:
+    for name in names:
+        if problem := unsound_weights(directory / name):
+            return f"{name} is {problem}."
+    return None
+
+
+def check_tokenizer(path: str, directory: Path) -> None:
+    """Refuse a directory without a tokenizer.
+
+    Raises:
+        UserError: None of its files is a tokenizer's.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZERS) and not any(directory.glob("*.tiktoken")):
+        raise UserError(
+            f"model.path={path}: {directory} holds no tokenizer (tokenizer.json). Copy the files of the tokenizer into "
+            "it, from the model that it was made from."
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's.
+
+    Raises:
+        UserError: There is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}. Download or copy it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object. Download or copy it again.")
+    return content
+
+
+def _there(file: Path) -> bool:
+    return file.is_file() or file.is_symlink()
+
+
+def _empty(file: Path) -> bool:
+    return file.stat().st_size == 0
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path.rstrip('/')}/{name}"
