@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
 
+from dsft.config.effect import text
 from dsft.engine import Engine
 from dsft.errors import UserError
 from dsft.runtime.files import sync_directory, write_bytes, write_json, write_text
@@ -154,22 +155,38 @@ def compare(path: Path, state: dict[str, Any], identity: dict[str, Any], world_s
     then = state.get("identity", {})
     for setting, now in identity.items():
         before = then.get(setting)
-        if before == now or (setting == DATA and not state["loader"]["step_in_epoch"]):
+        if before == now or (setting == DATA and not _in_the_way(before, now, state["loader"])):
             continue
         raise UserError(f"{path} {_DIFFERENCES.get(setting, _other_value)(setting, before, now)}")
 
 
 def _other_value(setting: str, before: Any, now: Any) -> str:
+    then = f"{setting}={text(before)}"
     return (
-        f"was saved with {setting}={before}, and this run has {now}: that is another run. Give {setting}={before}, or "
-        "choose another run_dir."
+        f"was saved with {then}, and this run has {text(now)}: that is another run. Give {then}, or choose "
+        "another run_dir."
     )
 
 
-def _other_data(setting: str, before: Any, now: Any) -> str:
+def _in_the_way(before: dict[str, Any], now: dict[str, Any], cursor: dict[str, Any]) -> bool:
+    """Whether other data make the place in them mean nothing; between two epochs they do not."""
+    return bool(before["key"] != now["key"] and cursor["step_in_epoch"])
+
+
+def _other_data(setting: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [name for name, value in now["settings"].items() if before["settings"].get(name) != value]
+    then = " ".join(f"{name}={text(before['settings'].get(name))}" for name in changed)
+    if changed:
+        today = " ".join(f"{name}={text(now['settings'][name])}" for name in changed)
+        what, restore = f"with {then}, and this run has {today}", f"Give {then}"
+    elif before["template"] != now["template"]:
+        what, restore = "and the chat template (model.chat_template, or that of model.path) changed since", "Restore it"
+    else:
+        what = f"and the content of {setting} changed since, or the version of dsft, transformers or tokenizers"
+        restore = "Restore it"
     return (
-        "was saved in the middle of an epoch, and the training data, or how it is rendered, changed since, so its "
-        "place in the data means nothing now. Restore the data settings, or choose another run_dir."
+        f"was saved in the middle of an epoch {what}, so its place in the data means nothing now. {restore}, or choose "
+        "another run_dir."
     )
 
 

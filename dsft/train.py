@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.metadata
 import platform
 import shutil
@@ -223,10 +224,10 @@ def _choose(
     """The checkpoint to go on from and its state, if there is one, and all ranks and the checkpoint agree to it."""
     for what, value in {
         "data.new_tokens": plan.words.identity,
-        "the training data": plan.train_set.key,
-        "the validation data": plan.validation.key if plan.validation else "none",
-        "the model": plan.source.fingerprint,
-        "the precision": plan.precision.value,
+        "the training data (data.*)": plan.train_set.key,
+        "the validation data (data.*)": plan.validation.key if plan.validation else "none",
+        "the model (model.path)": plan.source.fingerprint,
+        "precision": plan.precision.value,
     }.items():
         world.agree(what, value)
 
@@ -476,7 +477,19 @@ def _identity(config: Config, plan: Plan) -> dict[str, Any]:
         "precision": plan.precision.value,
         "optim.name": config.optim.name.value,
         "optim.layer_decay": config.optim.layer_decay,
-        checkpoint.DATA: plan.train_set.key,
+        checkpoint.DATA: _data_identity(config, plan),
+    }
+
+
+def _data_identity(config: Config, plan: Plan) -> dict[str, Any]:
+    """The training data's key, and what may be blamed where it differs."""
+    settings = ("source train validation validation_share split packages max_records max_length train_on "
+                "on_bad_record on_overflow").split()  # fmt: skip
+    return {
+        "key": plan.train_set.key,
+        "settings": {f"data.{name}": _plain(getattr(config.data, name)) for name in settings}
+        | {"model.chat_template": config.model.chat_template},
+        "template": hashlib.sha256(repr(plan.tokenizer.chat_template).encode()).hexdigest(),
     }
 
 

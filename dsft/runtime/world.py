@@ -32,6 +32,10 @@ _MEETINGS = itertools.count()
 """Numbers the exchanges of a process, which all ranks go through in the same order."""
 
 
+SHOWN = 32
+"""Characters of the longest value that ranks disagree on and a message shows."""
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run, seen from one of them.
@@ -108,13 +112,22 @@ class World:
     def agree(self, what: str, value: str) -> None:
         """Make sure that every rank has the same value.
 
+        Args:
+            what: What it is, with the setting that decides it.
+            value: Any text; shown where it is short, and not where it is a digest.
+
         Raises:
-            UserError: Some rank differs; the message names what and which.
+            UserError: Some rank differs; the message names what, which and where.
         """
-        values = self.gather_objects(value)
-        others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
-        if others:
-            raise UserError(f"{what} differs between rank 0 ({values[0]}) and rank {others[0]} ({values[others[0]]}).")
+        everyone = self.gather_objects((value, socket.gethostname()))
+        for rank, (theirs, host) in enumerate(everyone):
+            if theirs != everyone[0][0]:
+                first, main_host = everyone[0]
+                shown = f" ({first} and {theirs})" if max(len(first), len(theirs)) <= SHOWN else ""
+                raise UserError(
+                    f"{what} differs between rank 0 on {main_host} and rank {rank} on {host}{shown}. Give every rank "
+                    "the same settings, and every host the same files."
+                )
 
     def all_succeed(self, failure: Exception | None) -> None:
         """Turn one rank's failure into every rank's, so that nobody waits for a rank that has given up.

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,12 @@ def home(tmp_path_factory) -> Iterator[Path]:
     (home / "ds.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', encoding="utf-8")
     offload = {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}
     (home / "offload.json").write_text(json.dumps(offload), encoding="utf-8")
+    (home / "adapters").mkdir()
+    about = {"base_model_name_or_path": "my-model"}
+    (home / "adapters/adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    shutil.copytree(home / "my-model", home / "cloned-model")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 538090408\n"
+    (home / "cloned-model/model.safetensors").write_text(pointer, encoding="utf-8")
     two_rank_checkpoint(home / "runs/chat/checkpoints/step-000020")
     (home / "runs/busy").mkdir()
     with filelock.FileLock(home / "runs/busy/.lock"):

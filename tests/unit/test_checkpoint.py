@@ -10,6 +10,7 @@ import pytest
 
 from dsft import checkpoint
 from dsft.errors import UserError
+from dsft.runtime.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +230,77 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_pa
     engine = SimpleNamespace(stage=2, load=None)
     with pytest.raises(UserError, match=r"saved with optim\.name=adamw, and this run has sgd"):
         checkpoint.load(path, engine, FakeWorld(), {"precision": "fp32", "optim.name": "sgd"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "now", "shown"),
+    [
+        ("train.seed", 0, 1, "train.seed=0, and this run has 1"),
+        ("tuning.method", "full", "lora", "tuning.method=full, and this run has lora"),
+        ("tuning.use_dora", True, False, "tuning.use_dora=true, and this run has false"),
+        ("tuning.last_layers", 2, None, "tuning.last_layers=2, and this run has null"),
+        ("tuning.target_modules", ["q", "v"], ["all-linear"], "target_modules=[q,v], and this run has [all-linear]"),
+    ],
+)
+def test_a_difference_is_written_as_on_the_command_line(setting, before, now, shown):
+    state = {"world_size": 1, "zero_stage": 2, "identity": {setting: before}}
+    with pytest.raises(UserError) as caught:
+        checkpoint.compare(Path("step-000020"), state, {setting: now}, 1, 2)
+    assert f"saved with {setting}=" in str(caught.value) and shown in str(caught.value)
+    assert f"Give {shown.partition(', and')[0].rpartition(' ')[2]}".partition("=")[2] in str(caught.value)
+
+
+def data(key="a", template="t", **settings) -> dict:
+    given = {"data.train": "x.jsonl", "data.max_length": 512, "data.max_records": None, "model.chat_template": None}
+    given |= {f"data.{name}": value for name, value in settings.items()}
+    return {"key": key, "settings": given, "template": template}
+
+
+@pytest.mark.parametrize(
+    ("now", "parts"),
+    [
+        (
+            data("b", max_length=256),
+            ["with data.max_length=512, and this run has data.max_length=256", "Give data.max_l"],
+        ),
+        (
+            data("b", max_records=5, train="y.jsonl"),
+            ["with data.train=x.jsonl data.max_records=null, and", "data.train=y.jsonl data.max_records=5"],
+        ),
+        (data("b", "u"), ["the chat template (model.chat_template, or that of model.path) changed"]),
+        (data("b"), ["the content of data.train changed"]),
+    ],
+)
+def test_what_changed_the_data_is_named(now, parts):
+    state = {"world_size": 1, "zero_stage": 2, "identity": {checkpoint.DATA: data()}, "loader": {"step_in_epoch": 3}}
+    with pytest.raises(UserError) as caught:
+        checkpoint.compare(Path("step-000020"), state, {checkpoint.DATA: now}, 1, 2)
+    for part in [*parts, "in the middle of an epoch", "choose another run_dir"]:
+        assert part in str(caught.value)
+    state["loader"]["step_in_epoch"] = 0
+    checkpoint.compare(Path("step-000020"), state, {checkpoint.DATA: now}, 1, 2)
+
+
+def test_the_same_data_under_another_name_are_the_same():
+    state = {"world_size": 1, "zero_stage": 2, "identity": {checkpoint.DATA: data()}, "loader": {"step_in_epoch": 3}}
+    checkpoint.compare(Path("step-000020"), state, {checkpoint.DATA: data(train="moved.jsonl")}, 1, 2)
+
+
+def test_ranks_that_disagree_are_named_with_their_hosts_and_no_digests():
+    class Apart(World):
+        def gather_objects(self, value):
+            return [(value[0], "node-a"), (theirs, "node-b")]
+
+    world = Apart(None, None)
+    theirs = "fp32"
+    with pytest.raises(
+        UserError, match=r"^precision differs .* 0 on node-a and rank 1 on node-b \(bf16 and fp32\)\. Give"
+    ):
+        world.agree("precision", "bf16")
+    theirs = "f" * 64
+    with pytest.raises(UserError, match=r"^the model \(model\.path\) differs .* rank 1 on node-b\. Give every rank"):
+        world.agree("the model (model.path)", "0" * 64)
+    world.agree("the model (model.path)", theirs)
 
 
 def test_a_checkpoint_is_published_whole_under_its_step(tmp_path):
