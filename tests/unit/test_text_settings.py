@@ -153,7 +153,7 @@ def test_written_and_read_back(text, tmp_path):
 def swept(monkeypatch, *arguments: str) -> list[Config]:
     """The configs of the jobs that launch/train.py would run."""
     seen = []
-    monkeypatch.setitem(sys.modules, "dsft.train", SimpleNamespace(run=seen.append))
+    monkeypatch.setitem(sys.modules, "dsft.train", SimpleNamespace(run=lambda config, place: seen.append(config)))
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     return seen
