@@ -21,7 +21,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from dsft import checkpoint, loop
+from dsft import __version__, checkpoint, loop
 from dsft.config import check, cli, effect, load
 from dsft.config.schema import Config, Method, Precision
 from dsft.config.zero import stage
@@ -59,7 +59,7 @@ PROBE_TOKENS = 32
 PROBE_BYTES = 16 * 2**20
 """What the logits of that document may take in a checkpoint."""
 
-PACKAGES = ("dsft", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,8 @@ def _environment(world: World) -> dict[str, Any]:
     return {
         **describe(world),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        # a checkout runs without being installed
+        "packages": {"dsft": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": found.stdout.strip() or None if found else None,
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ number). The keys come from splitmix64 (Steele, Lea, Flood 2014), their combinat
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import math
 import random
@@ -32,8 +33,10 @@ LEVELS = 1 << 16
 """Values that a draw can take; a dropout rate is rounded to a multiple of 1 / LEVELS, and what is kept is scaled by
 exactly that."""
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+"""Of the mixer, as signed 32-bit numbers."""
 
 
 def _mix(value: np.ndarray | int) -> np.ndarray:
@@ -93,9 +96,9 @@ def draw(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         int16, shape (..., tokens, 2 * pairs), uniform over all its values.
     """
     bits = tokens ^ features
-    bits.mul_(_MULTIPLIERS[0])
+    bits.mul_(MULTIPLIERS[0])
     bits.add_(bits >> 15)
-    bits.mul_(_MULTIPLIERS[1])
+    bits.mul_(MULTIPLIERS[1])
     bits.add_(bits >> 16)
     return bits.view(torch.int16)
 
@@ -217,6 +220,11 @@ class Noise:
             )
         features = x.numel() // tokens
         keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
+        dropped = round(p * LEVELS)
+        if x.is_cuda and _HAS_TRITON and 0 < dropped < LEVELS:
+            from dsft.model.noise_kernel import FusedDrop  # where triton is: with torch for CUDA
+
+            return FusedDrop.apply(x, self._tokens, keys[0], dropped)
         return _dropped(x, draw(self._tokens.unsqueeze(1), keys)[:, :features].reshape(x.shape), p)
 
     def attention_dropout(self, module: nn.Module, weights: torch.Tensor, begin: int, p: float) -> torch.Tensor:

@@ -85,6 +85,25 @@ def test_noise_is_that_of_the_cpu():
     assert torch.equal(noise.draw(tokens.to(CUDA), features.to(CUDA)).cpu(), noise.draw(tokens, features))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 7, 576, 3001])
+def test_dropout_in_one_kernel_is_that_of_the_cpu(features, dtype):
+    """To the last bit, forward and gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 90, features, dtype=dtype)
+    layer = torch.nn.Dropout(0.3)
+    ours = noise.Noise(torch.nn.Sequential(layer), seed=1)
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        ours.begin((0, 3), [50, 40], [4, 9], device)
+        ours._features.clear()
+        given = x.to(device).requires_grad_()
+        y = layer.train()(given)
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), given)
+        results.append((y.detach().cpu(), gradient.cpu()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("mode", [ActivationCheckpointing.full, ActivationCheckpointing.offload])
 def test_recomputed_activations_draw_the_same(mode):
     """Backward passes run in threads of their own here; dropout as modules, as functions, and of attention."""
