@@ -165,15 +165,31 @@ def main() -> None:
             if options.keep:
                 options.keep.mkdir(parents=True, exist_ok=True)
                 (options.keep / f"{number}.txt").write_text(ending.output, encoding="utf-8")
-            seconds = f"over {options.limit:.0f}" if ending.seconds is None else f"{ending.seconds:.1f}"
-            row = (number, fault.launcher, fault.stage, fault.rank, fault.place, fault.kind, seconds, ending.code)
-            print("|", *(f"{value} |" for value in row), "yes |" if ending.heard else "**no** |", flush=True)
-    within = [ending.seconds for ending in endings if ending.seconds is not None]
+            row = (
+                number,
+                fault.launcher,
+                fault.stage,
+                fault.rank,
+                fault.place,
+                fault.kind,
+                *shown(ending, options.limit),
+            )
+            print("|", *(f"{value} |" for value in row), flush=True)
+    ended = [ending for ending in endings if ending.code != 0]
+    within = [ending.seconds for ending in ended if ending.seconds is not None]
     print(
-        f"\n{sum(s <= 10 for s in within)} of {len(endings)} gone within 10 s (the slowest "
-        f"{max(within, default=float('nan')):.1f} s), {sum(e.heard for e in endings)} with their own message last, "
-        f"{sum(bool(e.code) for e in endings)} with an exit code other than 0"
+        f"\n{sum(s <= 10 for s in within)} of {len(ended)} gone within 10 s (the slowest "
+        f"{max(within, default=float('nan')):.1f} s), {sum(e.heard for e in ended)} with their own message last; "
+        f"{len(endings) - len(ended)} went on"
     )
+
+
+def shown(ending: Ending, limit: float) -> tuple[str, str, str]:
+    """Seconds, exit code and whether the message is last, for the table. A failed sample does not end a run."""
+    if ending.code == 0:
+        return "went on", "0", "a warning" if ending.heard else "**no**"
+    seconds = f"over {limit:.0f}" if ending.seconds is None else f"{ending.seconds:.1f}"
+    return seconds, str(ending.code), "yes" if ending.heard else "**no**"
 
 
 if __name__ == "__main__":
