@@ -140,7 +140,7 @@ class Evaluator:
 def _own_settings(model) -> Iterator[PreTrainedModel]:
     """The transformers model with empty generation settings, for it fills in from its own what a caller leaves open."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    settings, plain.generation_config = plain.generation_config, GenerationConfig()
+    settings, plain.generation_config = getattr(plain, "generation_config", None), GenerationConfig()
     try:
         yield plain
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dsft.config.schema import TuningConfig
@@ -60,17 +60,16 @@ def rehearse(
             with tempfile.TemporaryDirectory() as scratch, _refusing(source, adapters):
                 export.write_companions(companions, Path(scratch))
                 export.write_configs(model, Path(scratch), adapters, dtype)
-                if not adapters:
-                    _compare_tokenizers(tokenizer, Path(scratch))
-                    if export.GENERATION_CONFIG in companions:
-                        GenerationConfig.from_pretrained(scratch)
                 tensors = {}
                 for part in export.stream(model, adapters, lambda parameters: nullcontext(), True, dtype):
                     tensors |= part
-                problem = _adapters_problem(model, tensors) if adapters else _whole_problem(Path(scratch), tensors)
-                if problem:
-                    raise ValueError(problem)
-                if not adapters:
+                if adapters:
+                    _check_adapters(model, tensors)
+                else:
+                    _check_whole(model, tensors, Path(scratch))
+                    _compare_tokenizers(tokenizer, Path(scratch))
+                    if export.GENERATION_CONFIG in companions:
+                        GenerationConfig.from_pretrained(scratch)
                     _check_room(destination, sum(tensor.nbytes for tensor in tensors.values()))
 
 
@@ -104,12 +103,12 @@ def _compare_tokenizers(tokenizer: Tokenizer, directory: Path) -> None:
             raise ValueError(f"the written tokenizer comes back with another {what}")
 
 
-def _whole_problem(directory: Path, tensors: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with the tensors of a whole model, as `from_pretrained` would load them from `directory`."""
-    config = AutoConfig.from_pretrained(directory)
-    _, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+def _check_whole(model: PreTrainedModel | PeftModel, tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raise ValueError unless these are the tensors that `from_pretrained` looks for, going by the config written."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _, info = type(base).from_pretrained(
         None,
-        config=config,
+        config=AutoConfig.from_pretrained(directory),
         state_dict=tensors,
         device_map="meta",
         output_loading_info=True,
@@ -117,17 +116,16 @@ def _whole_problem(directory: Path, tensors: dict[str, torch.Tensor]) -> str | N
     )
     for what in ("missing", "unexpected", "mismatched"):
         if names := sorted(map(str, info[f"{what}_keys"])):
-            return f"its files would have {len(names)} {what} tensors, {names[0]} among them"
-    return None
+            raise ValueError(f"its files would have {len(names)} {what} tensors, {names[0]} among them")
 
 
-def _adapters_problem(model: PeftModel, tensors: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with the tensors of the adapters alone, by peft's own account of them."""
-    expected = {name: t.shape for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    different = sorted(
-        n for n in expected.keys() | tensors.keys() if expected.get(n) != getattr(tensors.get(n), "shape", None)
-    )
-    return f"{len(different)} tensors of its adapters would be wrong, {different[0]} among them" if different else None
+def _check_adapters(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are the adapters' tensors by peft's own account of them."""
+    peft_own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected, found = ({name: t.shape for name, t in which.items()} for which in (peft_own, tensors))
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if different:
+        raise ValueError(f"{len(different)} tensors of its adapters would be wrong, {different[0]} among them")
 
 
 def _check_room(destination: Path, needed: int) -> None:

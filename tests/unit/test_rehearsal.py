@@ -63,6 +63,14 @@ def rehearse(directory: Path, destination: Path | None = None, tokenizer=None, n
     return companions
 
 
+@pytest.mark.parametrize("tuned", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "bloom", "phi3", "qwen2_moe", "granitemoe", "lfm2"])
+def test_no_family_is_refused_for_nothing(family, tuned, tmp_path):
+    """Other names, tied and untied heads, fused projections, buffers, tensors that files hold under other names."""
+    saved(tmp_path / "base", tiny.causal(family, "eager", vocab_size=400))
+    rehearse(tmp_path / "base", **tuned)
+
+
 @pytest.mark.parametrize("tuned", [{}, LORA, {**LORA, "use_dora": True}], ids=["full", "lora", "dora"])
 def test_a_model_that_can_be_written_passes_and_nothing_is_left(tmp_path, tuned):
     saved(tmp_path / "base")
