@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FOREIGN = {
     "consolidated.*": "the original publisher's layout",
     "params.json": "the original publisher's layout",
 }
+OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel")
 SHOWN = 5
 """Names that a message lists at most."""
 
@@ -101,15 +103,18 @@ def _own_code(about: dict[str, Any], kind: Any) -> str | None:
 
 
 def _not_causal(about: dict[str, Any], kind: Any) -> str | None:
+    names = about.get("architectures") or []
     if about.get("is_encoder_decoder"):
         what = "an encoder-decoder"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
         what = "an encoder"
     elif kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = "of an architecture that transformers has no causal language model of"
+    elif names and all(OTHER_HEAD.search(name) for name in names):
+        what = "a model with another head, which would be left out,"
     else:
         return None
-    name = ", ".join(about.get("architectures") or [str(kind)])
+    name = ", ".join(names or [str(kind)])
     return f"{name} ({kind}) is {what}, not a causal language model. Give one, such as a Llama, Qwen or Gemma."
 
 

@@ -205,6 +205,7 @@ def test_other_formats(tmp_path):
         ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel (bert) is an encoder, not a causal"),
         ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "is an encoder"),
         ({"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5Model"]}, "is an encoder-decoder"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "a model with another head, which would be left out"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "no causal language model of"),
     ],
 )
