@@ -155,9 +155,18 @@ def compare(path: Path, state: dict[str, Any], identity: dict[str, Any], world_s
     then = state.get("identity", {})
     for setting, now in identity.items():
         before = then.get(setting)
-        if before == now or (setting == DATA and not _in_the_way(before, now, state["loader"])):
+        if before == now or (setting == MODEL and same_model(before, now)):
+            continue
+        if setting == DATA and not _in_the_way(before, now, state["loader"]):
             continue
         raise UserError(f"{path} {_DIFFERENCES.get(setting, _other_value)(setting, before, now)}")
+
+
+def same_model(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether both are the same base model, wherever it lies: by its content, or the files that decide its weights."""
+    if before is None:
+        return False
+    return before["fingerprint"] == now["fingerprint"] or before["files"] == now["files"] != {}
 
 
 def _other_value(setting: str, before: Any, now: Any) -> str:

@@ -22,9 +22,6 @@ from dsft.model import rows, tuning, vocabulary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-"""How files end that decide a base model's weights; `config.json` does too, the rest is kept in the checkpoint."""
-
 
 def export(
     run_dir: Path, which: str = "last", merge: bool = True, output: Path | None = None, model_path: str | None = None
@@ -91,14 +88,8 @@ def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str) -> 
         source = models.resolve(model_path or then["origin"], then["revision"], cache_dir)
     except UserError as problem:
         raise UserError(f"{problem} If the base model was moved since the run, say where: model.path=...") from problem
-    if source.fingerprint == then["fingerprint"]:
-        return source
-    before, now = (
-        {name: digest for name, digest in files.items() if name.endswith(WEIGHTS) or name == "config.json"}
-        for files in (then["files"], source.files)
-    )
-    changed = checkpoint.changed_files(before, now)
-    if changed or not before:
+    if not checkpoint.same_model(then, {"fingerprint": source.fingerprint, "files": source.files}):
+        changed = checkpoint.changed_files(then["files"], source.files)
         what = f": {', '.join(changed)} changed" if changed else ""
         raise UserError(
             f"{source.path} is not the base model of the run{what}. Restore it, or say where the right one lies: "

@@ -43,6 +43,9 @@ CONVERSION = 1
 
 BYTE_ORDER_MARK = "\ufeff"
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+"""How files end that hold a directory's weights, or say where they are."""
+
 FORMS = "Give a directory, a hub id (`org/name`), a `.gguf` file or `package://NAME/FILE`."
 
 
@@ -56,8 +59,7 @@ class ModelSource:
         fingerprint: Hex digest of the model's content, the same wherever its files lie.
         name: What the person asked for, for messages.
         origin: The same for whoever asks from another working directory.
-        files: Name to hex digest of each file of a directory, or of the GGUF file; empty for a hub id, whose commit
-            says it all.
+        files: Name to hex digest of each file that decides the weights; empty for a hub id, whose commit says it all.
     """
 
     path: str
@@ -92,7 +94,7 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
         directories.check_directory(path, local)
         files = _file_digests(local)
         fingerprint = _digest(*(part for item in files.items() for part in item))
-        return ModelSource(str(local.resolve()), None, fingerprint, path, _anywhere(path, local), files)
+        return ModelSource(str(local.resolve()), None, fingerprint, path, _anywhere(path, local), _decisive(files))
     if local.is_file():
         raise UserError(f"model.path={path}: a file, but not a .gguf file. {FORMS}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".gguf"):
@@ -107,6 +109,11 @@ def on_hub(path: str) -> bool:
 
 def _anywhere(path: str, local: Path) -> str:
     return path if path.startswith("package://") else str(local.absolute())
+
+
+def _decisive(files: dict[str, str]) -> dict[str, str]:
+    """Those of a model directory's files that decide what its weights are."""
+    return {name: digest for name, digest in files.items() if name.endswith(WEIGHTS) or name == "config.json"}
 
 
 def _inside_package(path: str) -> Path:

@@ -361,3 +361,23 @@ def test_a_kill_just_before_publication_leaves_nothing_under_the_final_name(tmp_
     with pytest.raises(KeyboardInterrupt):
         publish(tmp_path, 40)
     assert names(tmp_path) == []
+
+
+def test_a_base_model_is_the_same_wherever_it_lies(tmp_path):
+    """Named by the files that differ where it is another."""
+
+    def refusal(then, now) -> str | None:
+        state = {"world_size": 1, "zero_stage": 2, "loader": {"step_in_epoch": 3}, "identity": {"model.path": then}}
+        try:
+            checkpoint.compare(tmp_path, state, {"model.path": now}, 1, 2)
+        except UserError as error:
+            return str(error)
+        return None
+
+    then = {"name": "a", "origin": "/a", "fingerprint": "1", "files": {"model.safetensors": "1", "config.json": "1"}}
+    assert refusal(then, then | {"name": "b", "origin": "/b"}) is None
+    assert refusal(then, then | {"fingerprint": "2"}) is None  # of its README, say
+    changed = then | {"name": "b", "fingerprint": "2", "files": then["files"] | {"model.safetensors": "2"}}
+    assert "base model a, and this run has another: b, where model.safetensors differ" in refusal(then, changed)
+    hub = {"name": "org/a", "origin": "org/a", "fingerprint": "1", "files": {}}
+    assert "base model org/a" in refusal(hub, hub | {"fingerprint": "2"})
