@@ -316,6 +316,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 device_map=device,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except KeyError as error:  # an architecture with a table of attentions of its own
