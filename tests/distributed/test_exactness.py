@@ -120,7 +120,7 @@ def plain_loop(model_dir: str, way: Way, packing: str):
     AttentionMaskInterface.register("written_out", lambda *_, **__: None)
     (model.get_base_model() if way.method == "lora" else model).set_attn_implementation("written_out")
     model.train()
-    undecayed = ("norm", "embed_tokens", "embed_in", "lm_head", "bias")
+    undecayed = ("norm", "embed_tokens", "embed_in", "bias")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
