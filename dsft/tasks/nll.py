@@ -116,6 +116,5 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
 
 def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed negative log-likelihood and count of correct first guesses, from logits (tokens, vocabulary)."""
-    # torch adds fp32 numbers one after the other here, which loses digits over many tokens
     nll = F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
     return nll, (logits.detach().argmax(-1) == targets).sum().double()
