@@ -108,7 +108,8 @@ class ModelConfig:
     embeddings; each is the mean of the rows of its token's pieces under the old vocabulary."""
     attention: Attention = Attention.auto
     """Kernel of document-isolated attention: `flash` (flash-attn), `torch_varlen` (CUDA, half precision) or
-    `per_document` (everywhere); `auto` takes the first that works."""
+    `per_document` (everywhere); `auto` takes the first that works, and `per_document` for a model with dropout of
+    attention weights: `flash` draws that by noise of its own, which depends on the split, `torch_varlen` not at all."""
     logits_chunk: int = 1024
     """Supervised tokens whose logits exist at once; bounds the memory that the vocabulary takes."""
 
