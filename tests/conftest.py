@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import ops
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+COMPILATION = pytest.StashKey[ops.Compilation]()
 
 
 def pytest_collection_modifyitems(items):
@@ -23,11 +25,29 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish():
-    """Keep the garbage collector off the million objects that imports have made and no test will ever free."""
+def pytest_collection_finish(session):
+    """Begin to compile what tests will want compiled.
+
+    And keep the garbage collector off the million objects that imports have made and no test will ever free.
+    """
+    wanted = any("compiled_ops" in item.fixturenames for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        session.config.stash[COMPILATION] = ops.Compilation()
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_sessionfinish(session):
+    """Leave no process behind."""
+    if COMPILATION in session.config.stash:
+        session.config.stash[COMPILATION].stop()
+
+
+@pytest.fixture(scope="session")
+def compiled_ops(pytestconfig):
+    """DeepSpeed's own Adam and Lion are compiled."""
+    pytestconfig.stash[COMPILATION].wait()
 
 
 @pytest.fixture(scope="session")

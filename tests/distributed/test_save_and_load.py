@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import cases
+import pairs
 import pytest
 import tiny
 import torch
 
 from dsft import checkpoint
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(scope="module")
@@ -15,17 +19,14 @@ def model_dir(tmp_path_factory) -> str:
     return str(tiny.save(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize(
-    ("stage", "method", "precision"),
-    [
-        *((f"zero{stage}", method, "fp32") for stage in range(4) for method in ("full", "lora")),
-        *((f"zero{stage}", "full", precision) for stage in (1, 3) for precision in ("bf16", "fp16")),
-    ],
-)
-def test_bit_for_bit(pools, model_dir, tmp_path, stage, method, precision):
-    """Two ranks, packing, accumulation 3, in the middle of an epoch; LoRA with dropout, so random states matter."""
+@pairs.product(stage=STAGES, method=("full", "lora"), precision=tuple(DTYPES))
+def test_bit_for_bit_and_whole(pools, model_dir, tmp_path, stage, method, precision):
+    """Two ranks, packing, accumulation 3, in the middle of an epoch; LoRA with dropout, so random states matter.
+
+    `checkpoint.weights` needs neither ranks nor an engine; trained weights come out whole (DeepSpeed#7436).
+    """
     lora = {"dropout": 0.1} if method == "lora" else None
-    for result in pools(2).run(
+    results = pools(2).run(
         cases.save,
         model_dir=model_dir,
         run_dir=str(tmp_path),
@@ -33,28 +34,20 @@ def test_bit_for_bit(pools, model_dir, tmp_path, stage, method, precision):
         method=method,
         lora=lora,
         precision=precision,
-    ):
+    )
+    for result in results:
         (rows, expected), (rows_again, found) = result["straight"], result["resumed"]
         assert rows_again == rows
         for name, value in expected.items():
             assert value.numel() > 0
             assert torch.equal(found[name], value), name
-    assert checkpoint.damage(checkpoint.checkpoints(tmp_path)[0]) is None
-
-
-@pytest.mark.parametrize(("precision", "method"), [("fp32", "full"), ("bf16", "lora"), ("fp16", "full")])
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
-def test_whole_weights_come_out_of_a_checkpoint(pools, model_dir, tmp_path, stage, precision, method):
-    """`checkpoint.weights` needs neither ranks nor an engine; trained weights come whole (DeepSpeed#7436)."""
-    run = pools(2).run(
-        cases.save, model_dir=model_dir, run_dir=str(tmp_path), stage=stage, precision=precision, method=method, steps=1
-    )
-    stored = checkpoint.weights(checkpoint.checkpoints(tmp_path)[0])
-    trained = [name for name in run[0]["saved"] if method == "full" or "lora_" in name]
+    path = checkpoint.checkpoints(tmp_path)[0]
+    assert checkpoint.damage(path) is None
+    stored, saved, dtype = checkpoint.weights(path), results[0]["saved"], DTYPES[precision]
+    trained = [name for name in saved if method == "full" or "lora_" in name]
     assert trained
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     for name in trained:
-        assert torch.equal(stored[name].to(dtype), run[0]["saved"][name].to(dtype)), name
+        assert torch.equal(stored[name].to(dtype), saved[name].to(dtype)), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])

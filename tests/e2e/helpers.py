@@ -1,8 +1,13 @@
-"""Real commands in processes of their own: started, watched, stopped and cleared away."""
+"""Real commands in processes of their own: started, watched, stopped and cleared away.
+
+Ranks are forked from a server that has done the imports; `fresh=True` and `run` start new interpreters.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -14,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from forkserver import Server
 
 from dsft.runtime.place import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SECONDS = 180
-"""Hard limit of one command; a start takes 8 s alone and 15 s with two ranks where nobody else is at work."""
+"""Hard limit of one command; a fresh start takes 8 s alone and 15 s with two ranks where nobody else is at work."""
 
 
 @dataclass
@@ -44,17 +50,22 @@ class Command:
     Args:
         command: Program and arguments; started in the project's root.
         scratch: Existing directory for temporary files and output.
+        forked: How many ranks are forked to run `command`, a Python file and its arguments; None starts a program.
     """
 
-    def __init__(self, command: list[str], scratch: Path):
+    def __init__(self, command: list[str], scratch: Path, forked: int | None = None):
+        command = [str(part) for part in command]
         self._number = len(list(scratch.glob("*.err")))
         self._files = [scratch / f"{self._number}.{kind}" for kind in ("out", "err")]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HYDRA_FULL_ERROR")}
         env |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "PYTHONFAULTHANDLER": "1", "WANDB_MODE": "offline"}
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
-            self.popen = subprocess.Popen(
-                [str(part) for part in command], cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
-            )
+            if forked is None:
+                self.popen = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
+                )
+            else:
+                self.popen = server().start(command, forked, free_port(), ROOT, env, out, err)
 
     def __enter__(self) -> Command:
         return self
@@ -94,9 +105,12 @@ class Command:
             time.sleep(0.001)
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes, in the order of ranks."""
+        """The training processes that are alive, in the order of ranks."""
         found = {}
+        forked = getattr(self.popen, "ranks", ())
         for process in self._processes():
+            if process.pid in forked:
+                found[forked.index(process.pid)] = process
             arguments = process.cmdline()
             local = [a for a in arguments if a.startswith("--local_rank=")]
             if local and "deepspeed.launcher.launch" not in arguments:
@@ -104,11 +118,17 @@ class Command:
         return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once; what has moved to another process group of the session follows."""
+        """SIGKILL to all of it at once; what has moved to another process group of the session follows.
+
+        Returns when all are gone, and their locks with them.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        for process in self._processes():
-            process.kill()
+        while left := self._processes():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.01)
         self.popen.wait()
 
     def _processes(self) -> list[psutil.Process]:
@@ -131,10 +151,28 @@ class Command:
         raise AssertionError(f"{self.popen.args} {why}\n{self.err[-20_000:]}")
 
 
-def start(arguments: list[str], scratch: Path, ranks: int = 2) -> Command:
-    """Start training under `deepspeed`, or with `ranks=1` under no launcher at all."""
+@functools.cache
+def server() -> Server:
+    """The session's fork server, started when it is first wanted."""
+    made = Server()
+    atexit.register(made.close)
+    return made
+
+
+def start(arguments: list[str], scratch: Path, ranks: int = 2, fresh: bool = False) -> Command:
+    """Start training.
+
+    Args:
+        arguments: Of `launch/train.py`.
+        scratch: As in Command.
+        ranks: How many.
+        fresh: Whether in new interpreters under `deepspeed`, or with `ranks=1` under no launcher at all.
+    """
+    script = ["launch/train.py", *arguments]
+    if not fresh:
+        return Command(script, scratch, forked=ranks)
     launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]
-    return Command([*(launcher if ranks > 1 else [sys.executable]), "launch/train.py", *arguments], scratch)
+    return Command([*(launcher if ranks > 1 else [sys.executable]), *script], scratch)
 
 
 def run(command: list[str], scratch: Path, seconds: float = SECONDS) -> Result:
@@ -143,9 +181,15 @@ def run(command: list[str], scratch: Path, seconds: float = SECONDS) -> Result:
         return running.wait(seconds)
 
 
-def train(arguments: list[str], scratch: Path, ranks: int = 2, seconds: float = SECONDS) -> Result:
+def train(arguments: list[str], scratch: Path, ranks: int = 2, seconds: float = SECONDS, fresh: bool = False) -> Result:
     """`start`, to its end."""
-    with start(arguments, scratch, ranks) as running:
+    with start(arguments, scratch, ranks, fresh) as running:
+        return running.wait(seconds)
+
+
+def script(command: list[str], scratch: Path, seconds: float = SECONDS) -> Result:
+    """A Python file with its arguments in one forked process, to its end."""
+    with Command(command, scratch, forked=1) as running:
         return running.wait(seconds)
 
 

@@ -23,7 +23,7 @@ def alone(base, scratch, tmp_path_factory) -> Path:
     """The run directory of a run that no launcher started."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     size = ["batch.gradient_accumulation_steps=4"]
-    result = helpers.train([f"run_dir={run_dir}", *base, *SHORT, *size], scratch, ranks=1)
+    result = helpers.train([f"run_dir={run_dir}", *base, *SHORT, *size], scratch, ranks=1, fresh=True)
     assert result.code == 0, result.err
     return run_dir
 
@@ -60,7 +60,7 @@ def test_mpirun(base, alone, scratch, tmp_path):
 def test_a_mistake_is_told_once_and_ends_all_ranks(base, scratch, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": [{"role": "user"}]}\n', encoding="utf-8")
-    result = helpers.train([f"run_dir={tmp_path / 'run'}", *base, f"data.train={broken}"], scratch)
+    result = helpers.train([f"run_dir={tmp_path / 'run'}", *base, f"data.train={broken}"], scratch, fresh=True)
     assert result.code == 2, result.err
     assert result.err.count("error: ") == 1 and f"{broken}:1" in result.err
     assert "Traceback" not in result.err
@@ -70,7 +70,7 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(base, scratch, tmp_path):
 def endless(base, scratch, tmp_path_factory):
     """A run of two ranks in the middle of training, with its run directory."""
     run_dir = tmp_path_factory.mktemp("endless") / "run"
-    with helpers.start([f"run_dir={run_dir}", *base, *ENDLESS], scratch) as running:
+    with helpers.start([f"run_dir={run_dir}", *base, *ENDLESS], scratch, fresh=True) as running:
         running.until(helpers.reached(run_dir, 2))
         yield running, run_dir
 

@@ -22,9 +22,9 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def straight(base, scratch, tmp_path_factory) -> Path:
-    """The run directory of a run that nobody stopped."""
+    """The run directory of a run that nobody stopped, in interpreters whose hashes are seeded otherwise."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    result = helpers.train([f"run_dir={run_dir}", *base, *STEPS], scratch)
+    result = helpers.train([f"run_dir={run_dir}", *base, *STEPS], scratch, fresh=True)
     assert result.code == 0, result.err
     return run_dir
 
