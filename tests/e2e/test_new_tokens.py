@@ -21,7 +21,7 @@ def test_new_tokens_from_file_to_exported_model(base, scratch):
     model_dir, run_dir, file = tiny.save(scratch / "small", vocab_size=370), scratch / "run", scratch / "新词.txt"
     file.write_text("\n".join([*TOKENS, "the", ""]), encoding="utf-8")
     chosen = [f"model.path={model_dir}", f"data.new_tokens={file}", "model.resize_embeddings=true", "tuning=freeze"]
-    chosen += ["tuning.new_tokens=true", "train.max_steps=3", f"run_dir={run_dir}"]
+    chosen += ["tuning.new_tokens=true", "train.max_steps=3", "train.sample_tokens=8", f"run_dir={run_dir}"]
     result = helpers.train([*base, *chosen], scratch, ranks=1)
     assert result.code == 0, result.err
     assert "3 added to the tokenizer: '月亮', '春天', '<|tool|>'" in result.err

@@ -17,6 +17,7 @@ STEPS = [
     "train.save_every=5",
     "train.keep_last=3",
     "tuning.neftune_alpha=5",
+    "train.sample_tokens=8",
 ]
 
 
@@ -136,6 +137,7 @@ def test_an_early_stop_is_final_and_the_best_checkpoint_stays(base, scratch, tmp
         "train.save_every=2",
         "train.keep_last=1",
         "train.early_stopping_patience=2",
+        "train.sample_tokens=8",
         "optim.lr=0.05",
     ]
     result = helpers.train([f"run_dir={run_dir}", *base, *steps], scratch, ranks=1)
@@ -156,6 +158,7 @@ def longer(base, scratch, tmp_path_factory):
     """A run made at once, and one that was finished and then made longer, under W&B; with the second one's result."""
     home = tmp_path_factory.mktemp("longer")
     constant = [*base, "schedule=constant", "train.eval_every=6", "train.save_every=5", "train.log_every=2"]
+    constant += ["train.sample_tokens=8"]
     for name, steps, tracking in (("at_once", 12, "jsonl"), ("longer", 6, "wandb"), ("longer", 12, "wandb")):
         arguments = [f"run_dir={home / name}", *constant, f"train.max_steps={steps}", f"tracking={tracking}"]
         result = helpers.train(arguments, scratch, ranks=1)

@@ -23,6 +23,7 @@ def full(base, scratch, tmp_path_factory):
     """A finished ZeRO-2 run with its arguments and result."""
     run_dir = tmp_path_factory.mktemp("full") / "运行"
     steps = ["train.max_steps=10", "train.eval_every=4", "train.save_every=3", "train.keep_last=3"]
+    steps += ["train.sample_tokens=8"]
     arguments = [f"run_dir={run_dir}", *base, *steps]
     return run_dir, arguments, helpers.train(arguments, scratch)
 
@@ -32,6 +33,7 @@ def lora(base, scratch, tmp_path_factory):
     """A finished LoRA run under ZeRO-3."""
     run_dir = tmp_path_factory.mktemp("lora") / "run"
     chosen = ["tuning=lora", "tuning.rank=4", "deepspeed=zero3", "train.max_steps=4", "train.save_every=2"]
+    chosen += ["train.sample_tokens=8"]
     result = helpers.train([f"run_dir={run_dir}", *base, *chosen], scratch)
     assert result.code == 0, result.err
     return run_dir
