@@ -60,7 +60,7 @@ def test_mpirun(base, alone, scratch, tmp_path):
 def test_a_mistake_is_told_once_and_ends_all_ranks(base, scratch, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": [{"role": "user"}]}\n', encoding="utf-8")
-    result = helpers.train([f"run_dir={tmp_path / 'run'}", *base, f"data.train={broken}"], scratch, fresh=True)
+    result = helpers.train([f"run_dir={tmp_path / 'run'}", *base, f"data.train={broken}"], scratch)
     assert result.code == 2, result.err
     assert result.err.count("error: ") == 1 and f"{broken}:1" in result.err
     assert "Traceback" not in result.err
