@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cases
 import numpy as np
-import pairs
+import pairwise
 import pytest
 import tiny
 
@@ -97,7 +97,9 @@ def test_offload_changes_nothing(run, plain, stage):
     assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 
-@pairs.product(stage=("zero2", "zero3"), mode=("full", "offload"), method=("full", "lora"))
+@pytest.mark.parametrize(
+    ("stage", "mode", "method"), pairwise.cases(("zero2", "zero3"), ("full", "offload"), ("full", "lora"))
+)
 def test_activation_checkpointing_changes_nothing(run, mode, stage, method):
     """PEFT + ZeRO-3 + non-reentrant checkpointing crashed (transformers#47254)."""
     found = run(stage=stage, checkpointing=ActivationCheckpointing[mode], method=method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cases
-import pairs
+import pairwise
 import pytest
 import tiny
 import torch
@@ -19,7 +19,7 @@ def model_dir(tmp_path_factory) -> str:
     return str(tiny.save(tmp_path_factory.mktemp("model")))
 
 
-@pairs.product(stage=STAGES, method=("full", "lora"), precision=tuple(DTYPES))
+@pytest.mark.parametrize(("stage", "method", "precision"), pairwise.cases(STAGES, ("full", "lora"), tuple(DTYPES)))
 def test_bit_for_bit_and_whole(pools, model_dir, tmp_path, stage, method, precision):
     """Two ranks, packing, accumulation 3, in the middle of an epoch; LoRA with dropout, so random states matter.
 
