@@ -48,12 +48,13 @@ class Command:
     """A command in a session of its own, so that whatever it starts can be found and ended.
 
     Args:
-        command: Program and arguments; started in the project's root.
+        command: Program and arguments.
         scratch: Existing directory for temporary files and output.
         forked: How many ranks are forked to run `command`, a Python file and its arguments; None starts a program.
+        cwd: Where it is started.
     """
 
-    def __init__(self, command: list[str], scratch: Path, forked: int | None = None):
+    def __init__(self, command: list[str], scratch: Path, forked: int | None = None, cwd: Path = ROOT):
         command = [str(part) for part in command]
         self._number = len(list(scratch.glob("*.err")))
         self._files = [scratch / f"{self._number}.{kind}" for kind in ("out", "err")]
@@ -61,11 +62,9 @@ class Command:
         env |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "PYTHONFAULTHANDLER": "1", "WANDB_MODE": "offline"}
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             if forked is None:
-                self.popen = subprocess.Popen(
-                    command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
-                )
+                self.popen = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
             else:
-                self.popen = server().start(command, forked, free_port(), ROOT, env, out, err)
+                self.popen = server().start(command, forked, free_port(), cwd, env, out, err)
 
     def __enter__(self) -> Command:
         return self
@@ -187,9 +186,9 @@ def train(arguments: list[str], scratch: Path, ranks: int = 2, seconds: float = 
         return running.wait(seconds)
 
 
-def script(command: list[str], scratch: Path, seconds: float = SECONDS) -> Result:
+def script(command: list[str], scratch: Path, seconds: float = SECONDS, cwd: Path = ROOT) -> Result:
     """A Python file with its arguments in one forked process, to its end."""
-    with Command(command, scratch, forked=1) as running:
+    with Command(command, scratch, forked=1, cwd=cwd) as running:
         return running.wait(seconds)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import helpers
 import pytest
 import tiny
 from hydra.core.global_hydra import GlobalHydra
@@ -97,24 +96,19 @@ def told(command: str, home: Path, monkeypatch, capsys) -> tuple[int, str]:
     return stopped.value.code, capsys.readouterr().err
 
 
-def told_by_a_process(command: str, home: Path) -> tuple[int, str]:
+def told_by_a_process(command: str, home: Path, scratch: Path, monkeypatch) -> tuple[int, str]:
     """The same in a process of its own."""
-    env = os.environ | {"HOME": str(home)}
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), *shlex.split(command)],
-        cwd=home,
-        env=env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=180,
-        check=False,
-    )
-    return done.returncode, done.stderr
+    monkeypatch.setenv("HOME", str(home))
+    result = helpers.script([TRAIN, *shlex.split(command)], scratch, cwd=home)
+    return result.code, result.err
 
 
 @pytest.mark.parametrize(("command", "expected"), cases("README.md"))
-def test_the_user_sees_what_the_readme_shows(command, expected, home, monkeypatch, capsys):
-    code, err = told_by_a_process(command, home) if in_use(command) else told(command, home, monkeypatch, capsys)
+def test_the_user_sees_what_the_readme_shows(command, expected, home, scratch, monkeypatch, capsys):
+    if in_use(command):
+        code, err = told_by_a_process(command, home, scratch, monkeypatch)
+    else:
+        code, err = told(command, home, monkeypatch, capsys)
     message = err.replace(f"{home}/", "").replace(f"{home.resolve()}/", "")
     assert code == 2
     assert "Traceback" not in message
