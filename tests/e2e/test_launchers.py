@@ -68,15 +68,23 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(base, scratch, tmp_path):
 
 @pytest.fixture(scope="module")
 def endless(base, scratch, tmp_path_factory):
-    """A run of two ranks in the middle of training, with its run directory."""
-    run_dir = tmp_path_factory.mktemp("endless") / "run"
-    with helpers.start([f"run_dir={run_dir}", *base, *ENDLESS], scratch, fresh=True) as running:
-        running.until(helpers.reached(run_dir, 2))
-        yield running, run_dir
+    """A run of two ranks in the middle of training, with its run directory; begun anew after a test that ended it."""
+    begun = []
+
+    def get() -> tuple[helpers.Command, Path]:
+        if not begun or begun[-1][0].popen.poll() is not None:
+            run_dir = tmp_path_factory.mktemp("endless") / "run"
+            begun.append((helpers.start([f"run_dir={run_dir}", *base, *ENDLESS], scratch, fresh=True), run_dir))
+            begun[-1][0].until(helpers.reached(run_dir, 2))
+        return begun[-1]
+
+    yield get
+    for running, _ in begun:
+        running.kill()
 
 
 def test_two_runs_do_not_share_a_run_directory(endless, base, scratch):
-    running, run_dir = endless
+    running, run_dir = endless()
     result = helpers.train([f"run_dir={run_dir}", *base, *ENDLESS], scratch, ranks=1)
     assert result.code == 2
     assert "another run is using" in result.err
@@ -84,7 +92,7 @@ def test_two_runs_do_not_share_a_run_directory(endless, base, scratch):
 
 
 def test_a_second_run_on_the_same_port_is_told_to_choose_another(endless, base, scratch, tmp_path):
-    running, run_dir = endless
+    running, run_dir = endless()
     arguments = [str(argument) for argument in running.popen.args]
     port = arguments[arguments.index("--master_port") + 1]
     launcher = [helpers.BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port]
@@ -98,7 +106,7 @@ def test_a_second_run_on_the_same_port_is_told_to_choose_another(endless, base, 
 
 
 def test_a_killed_rank_ends_the_others(endless):
-    running, _ = endless
+    running, _ = endless()
     running.ranks()[1].kill()
     result = running.wait(10)
     assert result.code != 0
