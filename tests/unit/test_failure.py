@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dsft.errors import UserError
-from dsft.runtime import failure
+from dsft.runtime import failure, failure_hub, failure_line
 from dsft.runtime.place import Place, free_port
 from dsft.runtime.signals import StopRequest
 
@@ -67,7 +67,7 @@ def _rank(place: Place, behave: Callable[[], None], terminal: str, own: str, env
     os.dup2(pipe_out, 2)
     os.close(pipe_out)
     with failure.watched(place, lambda error: str(error) if isinstance(error, UserError) else None):
-        line = next((thread for thread in threading.enumerate() if isinstance(thread, failure._Line)), None)
+        line = next((thread for thread in threading.enumerate() if isinstance(thread, failure_line.Line)), None)
         if met and line:
             line._connected.wait(20)
             met.wait(20)
@@ -417,7 +417,7 @@ class Impatient(Late):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        failure.MEETING, failure.VERDICT = timedelta(seconds=0.5), 0.5
+        failure_line.MEETING, failure_line.VERDICT = timedelta(seconds=0.5), 0.5
 
 
 def suspended() -> None:
@@ -447,7 +447,7 @@ def test_a_healthy_run_goes_on(run, behave, who):
 
 def is_watched_for_nothing() -> None:
     """Its threads are not once woken up."""
-    threads = [thread for thread in threading.enumerate() if isinstance(thread, failure._Hub | failure._Line)]
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, failure_hub.Hub | failure_line.Line)]
     files = [Path(f"/proc/self/task/{thread.native_id}/status") for thread in threads]
 
     def switches() -> list[str]:
@@ -490,7 +490,7 @@ def unread() -> None:
             os.write(2, b"x" * 4096)
     except BlockingIOError:
         os.set_blocking(2, True)
-    failure.PRINTING = failure.ENDING = 0.5
+    failure_hub.PRINTING = failure_hub.ENDING = 0.5
     raise boom()
 
 
@@ -559,7 +559,7 @@ def knocks() -> None:
     import torch.distributed as dist
 
     port = int(os.environ["PORT"])
-    about = json.loads(dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False).get(failure._key()))
+    about = json.loads(dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False).get(failure_line._key()))
     for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"hello": 0}\n', b"[]\n", b"\xff\n", b'{"failed": {}}\n'):
         with socket.create_connection(("127.0.0.1", about["port"])) as connection:
             connection.sendall(greeting)
@@ -587,16 +587,16 @@ def test_in_a_world_of_one_a_thread_that_ends_is_a_failure(run):
 
 @pytest.mark.parametrize("host, speakers", [("here", []), ("there", [0])])
 def test_one_rank_of_every_other_host_repeats_the_cause(host, speakers):
-    cause = failure.Cause(5, 1, "here", "ValueError", 1)
+    cause = failure_hub.Cause(5, 1, "here", "ValueError", 1)
     assert _speakers(host, cause) == speakers
 
 
 @pytest.mark.parametrize("local_rank, speakers", [(0, [1]), (1, [0]), (2, [0])])
 def test_where_a_rank_is_gone_another_speaks(local_rank, speakers):
-    assert _speakers("here", failure._gone(5, local_rank, "here")) == speakers
+    assert _speakers("here", failure_hub.gone(5, local_rank, "here")) == speakers
 
 
-def _speakers(host: str, cause: failure.Cause) -> list[int]:
+def _speakers(host: str, cause: failure_hub.Cause) -> list[int]:
     found = []
     for local_rank in range(3):
         watch = failure._Watch(Place(9, local_rank, 16, "here", 0, "environment"), str)
