@@ -146,13 +146,21 @@ class Noise:
 
     def begin(self, step: tuple[int, int], lengths: list[int], numbers: list[int], device: torch.device) -> None:
         """Say which row comes next; before every training forward pass. Arguments as for `token_keys`."""
-        self._step, self._lengths = step, lengths
-        self._tokens = token_keys(self._seed, step, lengths, numbers).to(device, non_blocking=True)
+        self._step, self._lengths, self._numbers, self._device = step, lengths, numbers, device
+        self._made: torch.Tensor | None = None
         self._calls.clear()
         if self._global:
             key = int(_chain(self._seed, *step, 1))
             random.seed(key)
             np.random.seed(key % 2**32)
+
+    @property
+    def _tokens(self) -> torch.Tensor:
+        """The keys of the row's tokens on the device, made when something is drawn."""
+        if self._made is None:
+            keys = token_keys(self._seed, self._step, self._lengths, self._numbers)
+            self._made = keys.to(self._device, non_blocking=True)
+        return self._made
 
     def drawing(self) -> AbstractContextManager:
         """A context for forward passes of training."""
