@@ -20,7 +20,7 @@ from dsft.metrics.names import evaluation_metrics
 from dsft.runtime.world import World
 from dsft.types import Example
 
-PATIENCE = 4.0
+PATIENCE = 2.5
 """Seconds after which a rank that failed under ZeRO-3 takes it that the others did not."""
 
 
