@@ -281,7 +281,7 @@ def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **
     """
     from dsft import evaluate
 
-    evaluate.PATIENCE = 3.0
+    evaluate.PATIENCE = 2.5
     data = Examples(tiny.examples(8))
     with engine(world, model_dir, micro_batch_size=4, **options) as made:
         evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), Keep(), world, None, 96, 2, 4)
