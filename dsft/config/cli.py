@@ -22,6 +22,8 @@ _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _ESCAPED = re.compile(r"\\([,=: ])")
 _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
 _RANGE = re.compile(r"range\([^()]*\)")
+_OPTIONS = "--config-path -cp --config-name -cn --config-dir -cd --package -p --cfg -c --experimental-rerun".split()
+"""Hydra's options that are followed by a value of theirs, which is no setting even where it holds a `=`."""
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -46,7 +48,7 @@ def quote_text(argv: list[str]) -> list[str]:
     `choice(...)` and `range(...)` may stand too; `null` is null where the setting may be null. The elements of lists
     are read in the same way.
     """
-    return [_argument(argument) for argument in argv]
+    return [argument if before in _OPTIONS else _argument(argument) for before, argument in zip(["", *argv], argv)]
 
 
 def given() -> frozenset[str] | None:
@@ -85,16 +87,21 @@ def _element(name: str, value: str) -> str:
         inner = [f"{key}:{_element(f'{name}.{key.strip()}', ':'.join(rest).strip())}" for key, *rest in pairs]
         return f"{{{','.join(inner)}}}"
     hint = knobs().get(name)
-    text = is_text(hint) or is_text_list(hint)
-    if hint is None and "." not in name and isinstance(_read(value), int | float):
-        text = True  # the choice of a group is the name of a file
     if value.lower() == "null" and not (is_text(hint) and not is_text_or_null(hint)):
         return value
     if value[:1] == "[" and value[-1:] == "]" and (hint is None or not is_text(hint)):
         inner = value[1:-1].strip()
         items = [item.strip() for item in _split(inner)] if inner else []
-        return f"[{','.join(_quote(item, text) for item in items)}]"
-    return _quote(value, text)
+        return f"[{','.join(_quote(item, _is_text(name, item)) for item in items)}]"
+    return _quote(value, _is_text(name, value))
+
+
+def _is_text(name: str, value: str) -> bool:
+    """Whether a value of the setting or group called `name` is text, whatever it looks like."""
+    hint = knobs().get(name)
+    if hint is None and "." not in name:
+        return isinstance(_read(value), int | float)  # the choice of a group is the name of a file
+    return is_text(hint) or is_text_list(hint)
 
 
 def _quote(value: str, text: bool) -> str:

@@ -102,11 +102,7 @@ def load_yaml(path: str | Path) -> Config:
     Raises:
         UserError: If the file is missing, is not YAML or does not fit the schema; the message names it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(yaml_text.read(path), str(path))
 
 
 def parse_yaml(text: str, origin: str) -> Config:

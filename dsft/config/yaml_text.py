@@ -33,7 +33,7 @@ class TextFileSource(FileConfigSource):
         file = Path(os.path.realpath(os.path.join(self.path, name)))
         if not file.exists():
             raise ConfigLoadError(f"Config not found : {file}")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read(file)
         header = ConfigSource._get_header_dict(text[:512])
         group = os.path.dirname(name).replace("/", ".")
         package = (header.get("package") or group).replace("_group_", group).replace("_global_", "")
@@ -49,6 +49,20 @@ def register() -> None:
     """Let Hydra read every YAML file with this module."""
     Plugins.instance()  # registers Hydra's own reader, which is replaced
     SourcesRegistry.instance().types["file"] = TextFileSource
+
+
+def read(file: str | Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8; the message names it.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}: save it as UTF-8.") from error
 
 
 def parse(text: str, package: str = "", name: str = "YAML") -> Any:

@@ -179,3 +179,32 @@ def test_a_sweep_in_a_recipe(monkeypatch, tmp_path):
     conf = conf_with(tmp_path, experiment__x=recipe)
     jobs = swept(monkeypatch, "--config-dir", str(conf), "experiment=x", f"run_dir={tmp_path}/sweep")
     assert [job.model.revision for job in jobs] == ["5e37820", "2_0"]
+
+
+def test_choices_in_a_list_are_the_names_of_files(tmp_path):
+    conf = conf_with(tmp_path, experiment__2024_11="# @package _global_\nname: a\n",
+                     experiment__007="# @package _global_\ntracking: {tags: [b]}\n")  # fmt: skip
+    config = compose("experiment=[2024_11,007]", conf=conf)
+    assert (config.name, config.tracking.tags) == ("a", ["b"])
+
+
+def test_values_of_hydras_own_options_are_no_settings():
+    options = ["--config-dir", "name=1e5", "-cn", "tuning=2", "name=1e5"]
+    assert cli.quote_text(options) == [*options[:4], "name='1e5'"]
+
+
+@pytest.mark.parametrize(
+    "text", ["🦊", "C:\\data\\new", "a\tb", "a\nb", "x" * 5000, "a#b: c", "$HOME", "a'b\"c", "'a'b"]
+)
+def test_what_a_shell_may_hand_on(text):
+    assert compose(f"name={text}", f"++tracking.tags=[{text},1e5]").tracking.tags == [text, "1e5"]
+    assert compose(f"name={text}").name == text
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path):
+    conf = conf_with(tmp_path, experiment__x="")
+    (conf / "experiment" / "x.yaml").write_bytes("# @package _global_\nname: 试验\n".encode("gb18030"))
+    with pytest.raises(UserError, match=r"experiment/x\.yaml: not UTF-8 at byte 26: save it as UTF-8"):
+        compose("experiment=x", conf=conf)
+    with pytest.raises(UserError, match=r"x\.yaml: not UTF-8"):
+        load.load_yaml(conf / "experiment" / "x.yaml")
