@@ -166,8 +166,7 @@ def _plan(config: Config, place: Place) -> Plan:
     given = cli.given()
     _warn(place, check.check(config, ds, place.world_size, METRICS, given))
     # a missing file is told before a model is converted
-    specs = [spec for spec in (config.data.train, config.data.validation) if spec is not None]
-    data_on_hub = None in [sources.files(spec) for spec in specs]
+    data_on_hub = None in [sources.files(spec) for spec in effect.sources(config).values()]
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
     model_on_hub = models.on_hub(config.model.path)
     idle = effect.by_place(config, model_on_hub=model_on_hub, data_on_hub=data_on_hub)

@@ -7,13 +7,25 @@ when the length of the data is known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from dsft.config.schema import Config, Method, OptimName, Packing, Precision, ScheduleName, Source, TrainOn, Unit
+from dsft.config.schema import (
+    Config,
+    Method,
+    OptimName,
+    Packing,
+    Precision,
+    ScheduleConfig,
+    ScheduleName,
+    Source,
+    TrainOn,
+    Unit,
+)
 from dsft.errors import UserError
 
 _ACTS_WITH = (
@@ -168,7 +180,7 @@ def by_config(config: Config) -> Iterator[Idle]:
             f"{shown(config, 'train.sample_tokens')} does nothing with train.samples=0: raise the latter, or leave the "
             "other out.",
         )
-    if train.max_steps is not None and config.schedule.warmup_steps > train.max_steps:
+    if _warms_up_beyond(config, train.max_steps):
         yield _long_warmup(config, f"train.max_steps={train.max_steps}")
     if train.eval_every == 0:
         for name in _watching(config):
@@ -187,7 +199,7 @@ def by_place(config: Config, *, model_on_hub: bool, data_on_hub: bool) -> Iterat
             "but lies here: give that revision's directory as model.path, or leave model.revision out.",
         )
     if not data_on_hub:
-        specs = [f"{name}={value}" for name, value in _specs(config).items() if value is not None] or ["data=pydoc"]
+        specs = [f"{name}={value}" for name, value in sources(config).items()] or ["data=pydoc"]
         yield Idle(
             "data.split",
             f"{shown(config, 'data.split')} does nothing with {' and '.join(specs)}, which is no hub id: give the "
@@ -245,16 +257,12 @@ def by_length(config: Config, length: Length, given: Collection[str] | None) -> 
             f"{shown(config, 'data.train_on')} does nothing with these records: every token of them is learnt, as of "
             "plain texts (field `text`). Give chats, or leave data.train_on out.",
         )
-    if config.schedule.warmup_steps > steps:
+    if _warms_up_beyond(config, steps) and not _warms_up_beyond(config, train.max_steps):
         yield _long_warmup(config, run)
     yield from _no_decay(config, length, run)
-    limited = train.epochs is not None and train.max_steps == steps
-    if limited and given is not None and not was_given("train.max_steps", given):
-        yield Idle(
-            "train.epochs",
-            f"{shown(config, 'train.epochs')} does nothing: train.max_steps={train.max_steps}, which the recipe sets, "
-            "ends the run first. Add train.max_steps=null, or leave train.epochs out.",
-        )
+    yield from _too_many_restarts(config, steps, run)
+    if given is not None and train.epochs is not None and train.max_steps is not None:
+        yield from _other_limit(config, steps, given)
 
 
 def by_model(config: Config, model: str, *, chunked: bool, decayed: bool, rows_alone: bool) -> Iterator[Idle]:
@@ -291,6 +299,18 @@ def by_model(config: Config, model: str, *, chunked: bool, decayed: bool, rows_a
 def decays_every(config: Config) -> int:
     """Steps or epochs (`schedule.unit`) from one decay of a step or exponential schedule to the next."""
     return config.schedule.step_size if config.schedule.name is ScheduleName.step else 1
+
+
+def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps of the warm-up in a run of `total_steps`."""
+    return schedule.warmup_steps or math.ceil(schedule.warmup_ratio * total_steps)
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Where records are read from, by setting; neither path nor hub id stands for `data=pydoc`."""
+    data = config.data
+    specs = {"data.train": data.train if data.source is Source.files else None, "data.validation": data.validation}
+    return {name: spec for name, spec in specs.items() if spec is not None}
 
 
 def shown(config: Config, name: str) -> str:
@@ -344,14 +364,45 @@ def _no_decay(config: Config, length: Length, run: str) -> Iterator[Idle]:
     schedule = config.schedule
     if schedule.name not in (ScheduleName.step, ScheduleName.exponential):
         return
-    every = decays_every(config)
-    if (length.steps_to_decay if schedule.unit is Unit.epochs else every) >= length.total_steps:
+    every, warmup = decays_every(config), warmup_steps(schedule, length.total_steps)
+    if (length.steps_to_decay if schedule.unit is Unit.epochs else warmup + every) >= length.total_steps:
+        after = f" after a warm-up of {warmup} steps" if warmup else ""
         yield Idle(
             "schedule.name",
             f"{shown(config, 'schedule.name')} does nothing in {run}, for its first decay would come after them: "
-            f"one is due every {every} {schedule.unit.name}. Choose schedule.unit=steps with a fitting "
+            f"one is due every {every} {schedule.unit.name}{after}. Choose schedule.unit=steps with a fitting "
             "schedule.step_size, train for longer, or choose schedule=constant.",
         )
+
+
+def _too_many_restarts(config: Config, steps: int, run: str) -> Iterator[Idle]:
+    """A fall of one step is at its peak all the time."""
+    schedule = config.schedule
+    falls, warmup = schedule.restarts + 1, warmup_steps(schedule, steps)
+    if schedule.name is ScheduleName.cosine and schedule.restarts and falls >= steps - warmup:
+        after = f" after a warm-up of {warmup}" if warmup else ""
+        yield Idle(
+            "schedule.restarts",
+            f"{shown(config, 'schedule.restarts')} leaves each of the {falls} falls at most one of {run}{after}, "
+            "so that the rate stays at its peak. Lower it or train for longer.",
+        )
+
+
+def _other_limit(config: Config, steps: int, given: Collection[str]) -> Iterator[Idle]:
+    """A limit in steps or epochs that another one, which nobody asked for now, forestalls."""
+    limits = ["train.epochs", "train.max_steps"]
+    first = limits[steps == config.train.max_steps]
+    (late,) = {*limits} - {first}
+    if not was_given(first, given):
+        yield Idle(
+            late,
+            f"{shown(config, late)} does nothing: {shown(config, first)}, which the recipe sets, ends the run first, "
+            f"after {steps} steps. Add {first}=null, or leave {late} out.",
+        )
+
+
+def _warms_up_beyond(config: Config, steps: int | None) -> bool:
+    return steps is not None and config.schedule.warmup_steps > steps
 
 
 def _long_warmup(config: Config, run: str) -> Idle:
@@ -360,7 +411,3 @@ def _long_warmup(config: Config, run: str) -> Idle:
         f"{shown(config, 'schedule.warmup_steps')} is longer than {run}: the rate would never reach its peak. Lower "
         "the first or train for longer.",
     )
-
-
-def _specs(config: Config) -> dict[str, str | None]:
-    return {"data.train": config.data.train, "data.validation": config.data.validation}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
+from dsft.config.effect import warmup_steps
 from dsft.config.schema import ScheduleConfig, ScheduleName, Unit
 from dsft.errors import UserError
 from dsft.metrics import METRICS
@@ -71,7 +72,7 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig, total_steps: int) -> None:
         self._config, self._total = config, total_steps
-        self._warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+        self._warmup_steps = warmup_steps(config, total_steps)
         # With a warm-up longer than the run the body never begins; one step keeps its formulas finite.
         self._body_steps = max(1, total_steps - self._warmup_steps)
         self._by_epoch = config.unit is Unit.epochs and config.name in (ScheduleName.step, ScheduleName.exponential)

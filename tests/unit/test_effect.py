@@ -17,6 +17,7 @@ from dsft.config.effect import Length, by_config, by_length, by_model, by_place,
 from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs
 from dsft.errors import UserError
 from dsft.metrics import METRICS
+from dsft.optim import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -26,7 +27,7 @@ ALWAYS = set(
     """model.path model.chat_template model.attention data.source data.validation data.max_records data.max_length
     data.packing data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method tuning.neftune_alpha
     deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps batch.global_batch_size optim.name optim.lr
-    optim.max_grad_norm optim.layer_decay schedule.warmup_ratio train.max_steps train.seed train.log_every
+    optim.max_grad_norm optim.layer_decay schedule.warmup_ratio train.seed train.log_every
     train.save_every train.keep_last train.resume train.max_skipped_steps train.export train.deterministic
     tracking.wandb tracking.progress precision activation_checkpointing name run_dir""".split()
 )
@@ -67,6 +68,7 @@ def test_of_every_setting_it_is_known_when_it_acts():
         *by_config(lora),
         *here(config()),
         *length(given=(), all_supervised=True, total_steps=5)(config(train__epochs=2, train__max_steps=5)),
+        *length(given=(), total_steps=5)(config(train__epochs=2, train__max_steps=6)),
         *by_model(config(), "m", chunked=False, decayed=False, rows_alone=True),
         *by_tokens(config(), tokens=9, embeddings=9, new=0, added=0),
     ]
@@ -219,6 +221,59 @@ def test_epochs_that_a_recipes_limit_cuts_short():
     both = {"train.epochs", "train.max_steps"}
     assert idle(settings, both, rules(both)) == []
     assert idle(settings, {"train.epochs"}, length({"train.epochs"}, total_steps=13)) == []
+
+
+def test_steps_that_a_recipes_epochs_cut_short():
+    """As when a finished run is to be made longer by train.max_steps, and its recipe counts epochs."""
+    settings = {"train__epochs": 3, "train__max_steps": 500}
+
+    def refused(given, steps=300):
+        return idle(settings, given, length(given, total_steps=steps))
+
+    (line,) = refused({"train.max_steps"})
+    assert line.startswith(
+        "train.max_steps=500 does nothing: train.epochs=3, which the recipe sets, ends the run first"
+    )
+    assert "after 300 steps. Add train.epochs=null" in line
+    assert refused({"train.epochs", "train.max_steps"}) == refused({"train.max_steps"}, steps=500) == []
+
+
+def test_a_recipes_data_is_not_looked_for_where_it_is_not_read():
+    assert effect.sources(config(data__source=Source.pydoc, data__train="gone.jsonl")) == {}
+    both = config(data__train="a.jsonl", data__validation="b.jsonl")
+    assert effect.sources(both) == {"data.train": "a.jsonl", "data.validation": "b.jsonl"}
+
+
+def test_a_warm_up_that_is_too_long_is_told_once():
+    settings = {"schedule__warmup_steps": 20, "train__max_steps": 10}
+    both = [*warned(settings, ()), *warned(settings, (), length(total_steps=10))]
+    assert len(both) == 1 and "is longer than train.max_steps=10" in both[0]
+    assert "is longer than the 9 steps" in warned({**settings, "train__max_steps": 21}, (), length(total_steps=9))[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "enough"),
+    [
+        ({"schedule__restarts": 3}, 5),
+        ({"schedule__restarts": 3, "schedule__warmup_ratio": 0.3}, 8),
+        ({"schedule__name": ScheduleName.step, "schedule__unit": Unit.steps, "schedule__step_size": 4,
+          "schedule__warmup_steps": 5}, 10),
+        ({"schedule__name": ScheduleName.exponential, "schedule__unit": Unit.steps, "schedule__warmup_steps": 5}, 7),
+    ],
+)  # fmt: skip
+def test_a_schedule_whose_shape_has_no_room(settings, enough):
+    """Held against the rates: in the run that is refused they stay at the peak after the warm-up."""
+    name = "schedule.restarts" if "schedule__restarts" in settings else "schedule.name"
+    for steps, refused in ((enough - 1, True), (enough, False)):
+        lines = idle(settings, {name}, length(total_steps=steps))
+        assert [line.startswith(f"{name}=") for line in lines] == [True] * refused
+        made = Schedule(config(**settings).schedule, steps)
+        rates = []
+        for _ in range(steps):
+            rates.append(made.multiplier)
+            made.step(applied=True, epochs=0)
+        peak = rates.index(1.0)
+        assert (min(rates[peak:]) == 1.0) is refused
 
 
 def test_a_revision_and_a_split_are_of_the_hub():
