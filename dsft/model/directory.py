@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from transformers.models.auto.modeling_auto import (
 from dsft.errors import UserError
 from dsft.runtime.content import disguise, unsound_weights
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+INDEX = ".index.json"
+WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+"""Files of weights, or an index of several, in the order in which transformers looks for them."""
+
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.tiktoken")
+"""Files of which any tokenizer has one, as patterns."""
+
 TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
 FOREIGN = {
@@ -50,10 +56,8 @@ def check_directory(path: str, directory: Path) -> None:
         raise UserError(f"model.path={path}: {_without_config(path, directory)}")
     for name in TEXTS:
         file = directory / name
-        if file.is_symlink() or file.is_file():
-            problem = disguise(file, text=True) or ("empty: download or copy it again" if _empty(file) else None)
-            if problem:
-                raise UserError(f"{file} is {problem}.")
+        if (file.is_symlink() or file.is_file()) and (problem := disguise(file, text=True) or _spoilt(file)):
+            raise UserError(f"{file} is {problem}.")
     if problem := _weights(directory):
         raise UserError(f"model.path={path}: {problem}")
     check_config(path, read_json(directory / "config.json"))
@@ -123,17 +127,18 @@ def _without_config(path: str, directory: Path) -> str:
     inside = sorted(directory.iterdir())
     names = {entry.name for entry in inside}
     if {"manifest.json", "state.json"} <= names:
-        run, step = directory.resolve().parents[1], directory.name.removeprefix("step-").lstrip("0") or "0"
+        run = shlex.quote(f"run_dir={directory.resolve().parents[1]}")
+        step = directory.name.removeprefix("step-").lstrip("0") or "0"
         return (
             "this is a checkpoint of a run, to resume from. Write its model first: python launch/export.py "
-            f"run_dir={run} checkpoint={step} output=DIR; and give model.path=DIR."
+            f"{run} checkpoint={step} output=DIR; and give model.path=DIR."
         )
     if "config.yaml" in names and {"checkpoints", "metrics.jsonl", "model"} & names:
         if (directory / "model" / "config.json").is_file():
             return f"this is the directory of a run, and its model is model.path={_below(path, 'model')}."
         return (
-            f"this is the directory of a run, which has written no model: python launch/export.py run_dir={path} "
-            f"writes one, to be given as model.path={_below(path, 'model')}."
+            "this is the directory of a run, which has written no model: python launch/export.py "
+            f"{shlex.quote(f'run_dir={path}')} writes one, to be given as model.path={_below(path, 'model')}."
         )
     found = _models_below(directory)
     if found:
@@ -162,29 +167,35 @@ def _models_below(directory: Path) -> list[str]:
 
 def _weights(directory: Path) -> str | None:
     """What is wrong with the weights, which are one file or an index and its parts."""
-    for name in INDICES:
-        if not (directory / name).is_file() or (directory / name.removesuffix(".index.json")).exists():
-            continue
-        if problem := disguise(directory / name, text=True):
-            return f"{name} is {problem}."
-        parts = sorted(set(read_json(directory / name).get("weight_map", {}).values()))
-        missing = [part for part in parts if not _there(directory / part)]
-        if missing:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-            return (
-                f"{name} names {len(parts)} files of weights, and {len(missing)} of them are not there: "
-                f"{', '.join(missing[:SHOWN])}{more}. Download or copy them."
-            )
-        return _first_unsound(directory, parts)
-    one = [name for name in WEIGHTS if _there(directory / name)]
-    if one:
-        return _first_unsound(directory, one[:1])
+    named = read_json(directory / "config.json").get("transformers_weights")
+    names = [name for name in ([named] if named else WEIGHTS) if _there(directory / name)]
+    # transformers passes over links to what is not there
+    name = next((name for name in names if (directory / name).is_file()), names[0] if names else None)
+    if name is None:
+        return _without_weights(directory)
+    if not name.endswith(INDEX):
+        return _first_unsound(directory, [name])
+    if problem := disguise(directory / name, text=True):
+        return f"{name} is {problem}."
+    parts = sorted(set(read_json(directory / name).get("weight_map", {}).values()))
+    missing = [part for part in parts if not _there(directory / part)]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        return (
+            f"{name} names {len(parts)} files of weights, and {len(missing)} of them are not there: "
+            f"{', '.join(missing[:SHOWN])}{more}. Download or copy them."
+        )
+    return _first_unsound(directory, parts)
+
+
+def _without_weights(directory: Path) -> str:
     others = sorted(file.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in directory.glob(pattern))
     foreign = sorted({what for pattern, what in FOREIGN.items() if any(directory.glob(pattern))})
     held = f"It holds {', '.join(others[:SHOWN])}." if others else f"It holds some of {foreign[0]}." if foreign else ""
+    single = " or ".join(name for name in WEIGHTS if not name.endswith(INDEX))
     return (
-        f"{directory} holds a config.json but no weights ({' or '.join(WEIGHTS)}, or an index of several files). "
-        f"Download or copy them. {held}".rstrip()
+        f"{directory} holds a config.json but no weights ({single}, or an index of several files). Download or copy "
+        f"them. {held}".rstrip()
     )
 
 
@@ -201,7 +212,7 @@ def check_tokenizer(path: str, directory: Path) -> None:
     Raises:
         UserError: None of its files is a tokenizer's.
     """
-    if not any((directory / name).is_file() for name in TOKENIZERS) and not any(directory.glob("*.tiktoken")):
+    if not any(file.is_file() for pattern in TOKENIZERS for file in directory.glob(pattern)):
         raise UserError(
             f"model.path={path}: {directory} holds no tokenizer (tokenizer.json). Copy the files of the tokenizer into "
             "it, from the model that it was made from."
@@ -227,8 +238,14 @@ def _there(file: Path) -> bool:
     return file.is_file() or file.is_symlink()
 
 
-def _empty(file: Path) -> bool:
-    return file.stat().st_size == 0
+def _spoilt(file: Path) -> str | None:
+    with file.open("rb") as stream:
+        head = stream.read(len(BOM_UTF8))
+    if not head:
+        return "empty: download or copy it again"
+    if head == BOM_UTF8 and file.suffix == ".json":
+        return "JSON with a byte-order mark, which no reader of it takes: save it as UTF-8 without one"
+    return None
 
 
 def _below(path: str, name: str) -> str:

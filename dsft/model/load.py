@@ -256,7 +256,10 @@ def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template_file is not None:
         tokenizer.chat_template = _read_template(Path(chat_template_file).expanduser())
-    elif isinstance(tokenizer.chat_template, str):
+    elif isinstance(tokenizer.chat_template, dict):
+        named = {name: text.removeprefix(BYTE_ORDER_MARK) for name, text in tokenizer.chat_template.items()}
+        tokenizer.chat_template = named
+    elif tokenizer.chat_template is not None:
         tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
     return tokenizer
 

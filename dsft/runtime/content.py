@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ANNEX = "/annex/objects/"
 HEAD = 512
 """Bytes that are looked at."""
+
+PAGE = re.compile(rb"<!doctype html|<\?xml|<html\s+[^\s<]|<html>[^\S\n]*\S|<html>.*<title>[^\S\n]*[^\s<]", re.DOTALL)
+"""How web pages begin; a list with an HTML tag per line, as of tokens, is none."""
 
 _BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -33,14 +37,17 @@ def disguise(path: Path, text: bool = False) -> str | None:
         if ANNEX in target:
             return "a git-annex link whose content is not here: run `git annex get` on it"
         return f"a link to {target}, which is not there: fetch that file"
-    with path.open("rb") as file:
-        head = file.read(HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except PermissionError:
+        return "a file that this user may not read: change its permissions"
     if head.startswith(LFS_POINTER):
         return "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"
     if head.startswith(ANNEX.encode()):
         return "a git-annex pointer, not the file itself: run `git annex get` on it"
     plain = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if plain.startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if PAGE.match(plain):
         return "a web page, such as a server's error message, saved under this name: download the file again"
     return _no_utf8(head) if text else None
 
@@ -83,6 +90,11 @@ def _no_utf8(head: bytes) -> str | None:
     for mark, name in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return f"{name} text, not UTF-8: convert it, with `iconv -f {name} -t UTF-8` for example"
+    if (zeros := [not byte for byte in head[:4]]) in ([False, True] * 2, [True, False] * 2):
+        name = "UTF-16BE" if zeros[0] else "UTF-16LE"
+        return f"{name} text, not UTF-8: convert it, with `iconv -f {name} -t UTF-8` for example"
+    if head.startswith(b"PAR1"):
+        return "a Parquet file, not text: call it .parquet"
     for magic, (name, program) in _ARCHIVES.items():
         if head.startswith(magic):
             return f"compressed ({name}): unpack it first, with `{program}` for example"

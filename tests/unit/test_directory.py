@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dsft.errors import UserError
 from dsft.model import load
+from dsft.model.directory import check_tokenizer
 from dsft.runtime.content import disguise, unsound_weights
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
@@ -233,3 +235,83 @@ def test_binary_files_are_not_judged_as_text(tmp_path):
     for fine in (b"", b"\xef\xbb\xbf{}", struct.pack("<Q", 5), "春天".encode()):
         file.write_bytes(fine)
         assert disguise(file, text=True) is None
+
+
+def test_weights_that_are_not_loaded_do_not_count(model):
+    """transformers takes the first it finds of safetensors, their index, pytorch_model.bin and its index."""
+    index = json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}})
+    (model / "pytorch_model.bin.index.json").write_text(index)
+    (model / "pytorch_model.bin").write_text(LFS)
+    assert load.load_model(load.resolve(str(model)), torch.float32, "eager")
+    (model / "pytorch_model.bin").unlink()
+    assert load.load_model(load.resolve(str(model)), torch.float32, "eager")
+    shards(model)
+    assert load.load_model(load.resolve(str(model)), torch.float32, "eager")
+    (model / "model.safetensors").write_text(LFS)
+    assert "model.safetensors is a Git LFS pointer" in refused(model)
+
+
+def test_weights_of_a_name_of_their_own(model):
+    (model / "model.safetensors").rename(model / "own.safetensors")
+    configured(model, transformers_weights="own.safetensors")
+    assert load.load_model(load.resolve(str(model)), torch.float32, "eager")
+    (model / "own.safetensors").write_text(LFS)
+    assert "own.safetensors is a Git LFS pointer" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_json_with_a_byte_order_mark(model, name):
+    file = model / name
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert f"{name} is JSON with a byte-order mark" in refused(model)
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_one(tmp_path):
+    (tmp_path / "sentencepiece.bpe.model").touch()
+    check_tokenizer("m", tmp_path)
+    (tmp_path / "sentencepiece.bpe.model").rename(tmp_path / "README.md")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        check_tokenizer("m", tmp_path)
+
+
+def test_a_file_that_may_not_be_read(model, monkeypatch):
+    opened = Path.open
+
+    def closed(self, *args, **settings):
+        if self.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", closed)
+    assert "config.json is a file that this user may not read" in refused(model)
+
+
+def test_commands_that_are_advised_can_be_pasted(tmp_path):
+    run = tmp_path / "我的 runs" / "x"
+    step = run / "checkpoints" / "step-000020"
+    step.mkdir(parents=True)
+    for file in (step / "manifest.json", step / "state.json", run / "config.yaml", run / "metrics.jsonl"):
+        file.write_text("{}")
+    for path in (run, step):
+        command = re.search(r"python (launch/export\.py .*?)( checkpoint=| writes)", refused(path))[1]
+        assert shlex.split(command) == ["launch/export.py", f"run_dir={run}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "page"),
+    [
+        (b"<html>\n<head>\n<title>\n<body>\n<|tool|>\n", False),
+        (b"<html>\r\n<head><title>404 Not Found</title></head>\r\n", True),
+        (b"<html lang='en'>\n", True),
+        (b"<html><body>Forbidden</body></html>", True),
+    ],
+)
+def test_a_list_of_html_tags_is_no_page(tmp_path, content, page):
+    (tmp_path / "x").write_bytes(content)
+    assert ("a web page" in (disguise(tmp_path / "x", text=True) or "")) is page
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark(tmp_path, encoding):
+    (tmp_path / "x").write_text('{"text": "月"}', encoding=encoding)
+    assert disguise(tmp_path / "x", text=True).startswith(f"{encoding.upper().replace('16-', '16')} text, not UTF-8")

@@ -191,6 +191,10 @@ def test_a_byte_order_mark_is_no_part_of_a_template(saved, tmp_path):
     shutil.copytree(saved, model)
     (model / "chat_template.jinja").write_text(template, encoding="utf-8-sig")
     assert load.load_tokenizer(load.resolve(str(model))).chat_template == template
+    named = model / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    named.write_text(template, encoding="utf-8-sig")
+    assert load.load_tokenizer(load.resolve(str(model))).chat_template == {"default": template, "tool_use": template}
 
 
 def test_a_slow_tokenizer_is_refused(saved, monkeypatch):
