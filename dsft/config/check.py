@@ -194,9 +194,10 @@ def _empty(config: Config) -> Iterator[str]:
     """Text is never empty: an empty path, for one, would be the working directory."""
     for name, hint in knobs().items():
         value = attrgetter(name)(config)
-        if value == "" and is_text(hint):
-            yield f"{name}= is empty: give a value{', or null' if is_text_or_null(hint) else ''}, or leave {name} out."
-        elif is_text_list(hint) and "" in value:
+        if is_text(hint) and value is not None and not value.strip():
+            null = ", or null" if is_text_or_null(hint) else ""
+            yield f"{name}={value} is empty: give a value{null}, or leave {name} out."
+        elif is_text_list(hint) and not all(text.strip() for text in value):
             yield f"{name}={effect.text(value)} holds an empty text: take it out."
 
 

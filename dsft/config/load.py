@@ -33,7 +33,7 @@ from omegaconf.errors import (
 )
 
 from dsft.config import yaml_text
-from dsft.config.schema import Config, knobs
+from dsft.config.schema import Config, is_text, knobs
 from dsft.errors import UserError
 
 _TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -44,6 +44,16 @@ _HOW_TO_GIVE = {
     "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
     "deepspeed.json": "deepspeed.json=FILE, or deepspeed=zero2",
 }
+
+
+_OF_YOUR_OWN = {
+    "model": "model.path={}",
+    "data": "data=jsonl data.train={}",
+    "deepspeed": "deepspeed.json={}",
+}
+"""How to give what is no choice of a group, but a path or a hub id."""
+
+_AMBIGUOUS = "Ambiguous value for argument "
 
 
 def register() -> None:
@@ -137,10 +147,14 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _wrong_choice(error)
     if isinstance(error, OverrideParseException):
+        if "=" not in str(error.override):
+            return f"cannot read {error.override!r}: settings are given as NAME=VALUE, such as optim.lr=1e-4."
         return (
             f"cannot read the override {error.override!r}: {error.message.splitlines()[0]}. "
             "Put a value with brackets, braces, commas or quotes in quotes of its own: key='\"value\"'."
         )
+    if str(error).startswith(_AMBIGUOUS):
+        return _several(str(error).splitlines()[0].removeprefix(_AMBIGUOUS)[1:-1])
     if isinstance(cause, UnsupportedInterpolationType) or "Interpolation" in type(cause).__name__:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}."
     if isinstance(cause, ConfigKeyError | AttributeError) and getattr(cause, "full_key", None):
@@ -203,25 +217,42 @@ def _unknown(key: str) -> str:
 
 
 def _closest(last: str, names: list[str], cutoff: float) -> list[str]:
-    """The one of `names` whose last part is spelt most like `last`, if any is close enough."""
+    """The one of `names` whose last part is spelt most like `last`, if any is close enough; case does not matter."""
     by_last = {name.rpartition(".")[2]: name for name in names}
-    return [by_last[near] for near in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff)]
+    return [by_last[near] for near in difflib.get_close_matches(last.lower(), by_last, n=1, cutoff=cutoff)]
 
 
 def _wrong_choice(error: MissingConfigException) -> str:
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    near = difflib.get_close_matches(choice, error.options, n=1, cutoff=0.4)
+    file = str(error.missing_cfg_file)
+    group, _, choice = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
+    near = _closest(choice, error.options, 0.4)
     hint = f" Did you mean {group}={near[0]}?" if near else ""
+    is_path = "/" in choice or ("." in choice and Path(choice).stem not in error.options)
+    if is_path and group in _OF_YOUR_OWN:
+        hint = f" Did you mean {_OF_YOUR_OWN[group].format(choice)}?"
     return f"{group}={choice}: there is no such choice.{hint} The choices are {', '.join(sorted(error.options))}."
+
+
+def _several(argument: str) -> str:
+    """What to do about a comma in a value where there is no sweep."""
+    name, _, value = argument.partition("=")
+    hint = knobs().get(name)
+    one = "To try them all, "
+    if get_origin(hint) is list:
+        one = f"Write a list as '{name}=[{value}]'; or, to try them all, "
+    elif is_text(hint):
+        escaped = value.replace(",", "\\,")
+        one = f"Write a comma that belongs to the text as '{name}={escaped}', quotes included; or, to try them all, "
+    return f"{argument}: a comma separates several values. {one}add -m to run a job for each."
 
 
 def _wrong_type(key: str, detail: str) -> str:
     """Say what a knob takes, and for an enum the nearest choice."""
     hint = knobs()[key]
-    given = detail.split("'")[1] if "'" in detail else ""
+    given = "null" if "is not Optional" in detail else detail.split("'")[1] if "'" in detail else ""
     if isinstance(hint, type) and issubclass(hint, Enum):
         choices = [choice.name for choice in hint]
-        near = difflib.get_close_matches(given, choices, n=1, cutoff=0.4)
+        near = _closest(given, choices, 0.4)
         did = f" Did you mean {key}={near[0]}?" if near else ""
         return f"{key}={given}: there is no such choice.{did} The choices are {', '.join(choices)}."
     return f"{key} takes {_kind(hint)}. {detail.splitlines()[0].rstrip('.')}."

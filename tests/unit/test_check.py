@@ -118,6 +118,8 @@ def test_all_failures_are_told_together():
         ({"data__max_length": 1}, ["data.max_length=1", "at least 2"]),
         ({"name": ""}, ["name= is empty", "leave name out"]),
         ({"data__validation": ""}, ["data.validation= is empty", "null"]),
+        ({"name": "  "}, ["name=   is empty"]),
+        ({"tuning__method": Method.lora, "tuning__target_modules": ["a", " "]}, ["holds an empty text"]),
         ({"tuning__method": Method.lora, "tuning__target_modules": ["a", ""]}, ["tuning.target_modules=[a,]"]),
         ({"train__max_steps": 0}, ["train.max_steps=0", "at least 1"]),
         ({"train__epochs": -1}, ["train.epochs=-1", "at least 1"]),
