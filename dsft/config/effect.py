@@ -167,7 +167,8 @@ def by_config(config: Config) -> Iterator[Idle]:
             "another way to say the same: leave one of them out.",
         )
     elif data.validation_share == 0:
-        yield from _without_evaluation(config, "data.validation_share=0 without data.validation holds nothing out")
+        why = "data.validation_share=0 without data.validation holds nothing out"
+        yield from _without_evaluation(config, why, "a data.validation_share")
     if not train.early_stopping_patience:
         yield Idle(
             "train.early_stopping_min_delta",
@@ -243,7 +244,7 @@ def by_length(config: Config, length: Length, given: Collection[str] | None) -> 
     run = f"the {steps} steps of this run" if steps > 1 else "the only step of this run"
     if not length.held_out and config.data.validation is None and config.data.validation_share > 0:
         why = "nothing is held out, for there is only one record"
-        yield from _without_evaluation(config, why)
+        yield from _without_evaluation(config, why, "more records")
         yield Idle(
             "data.validation_share",
             f"{shown(config, 'data.validation_share')} does nothing: {why}. Give data.validation=FILE, more records, "
@@ -327,14 +328,14 @@ def text(value: Any) -> str:
     return value.name if isinstance(value, Enum) else str(value)
 
 
-def _without_evaluation(config: Config, why: str) -> Iterator[Idle]:
+def _without_evaluation(config: Config, why: str, remedy: str) -> Iterator[Idle]:
     plateau = config.schedule.name is ScheduleName.plateau
     for name in _NEEDS_EVALUATION:
         if plateau or not name.startswith("schedule."):
             yield Idle(
                 name,
-                f"{shown(config, name)} acts on evaluations, and {why}: give data.validation=FILE or a "
-                f"data.validation_share, or leave {name} out.",
+                f"{shown(config, name)} acts on evaluations, and {why}: give data.validation=FILE or "
+                f"{remedy}, or leave {name} out.",
             )
 
 
@@ -367,11 +368,12 @@ def _no_decay(config: Config, length: Length, run: str) -> Iterator[Idle]:
     every, warmup = decays_every(config), warmup_steps(schedule, length.total_steps)
     if (length.steps_to_decay if schedule.unit is Unit.epochs else warmup + every) >= length.total_steps:
         after = f" after a warm-up of {warmup} steps" if warmup else ""
+        size = " with a fitting schedule.step_size" if schedule.name is ScheduleName.step else ""
         yield Idle(
             "schedule.name",
             f"{shown(config, 'schedule.name')} does nothing in {run}, for its first decay would come after them: "
-            f"one is due every {every} {schedule.unit.name}{after}. Choose schedule.unit=steps with a fitting "
-            "schedule.step_size, train for longer, or choose schedule=constant.",
+            f"one is due every {every} {schedule.unit.name}{after}. Choose schedule.unit=steps{size}, "
+            "train for longer, or choose schedule=constant.",
         )
 
 

@@ -135,13 +135,18 @@ def test_switched_off_in_so_many_words_is_no_mistake(settings):
 )
 def test_where_nothing_is_held_out(name, settings):
     """By a share of 0, or because the only record is trained on."""
-    for rules, share, why in (
-        (by_config, 0.0, "data.validation_share=0 without data.validation holds nothing out"),
-        (length(held_out=0), 0.1, "there is only one record"),
+    for rules, share, why, remedy in (
+        (
+            by_config,
+            0.0,
+            "data.validation_share=0 without data.validation holds nothing out",
+            "a data.validation_share",
+        ),
+        (length(held_out=0), 0.1, "there is only one record", "more records"),
     ):
         with_share = {**settings, "data__validation_share": share}
         (line,) = idle(with_share, {name}, rules)
-        assert line.startswith(f"{name}=") and why in line and "data.validation=FILE" in line
+        assert line.startswith(f"{name}=") and why in line and f"data.validation=FILE or {remedy}" in line
         assert idle(with_share, frozenset(), rules) == []
 
 
@@ -164,11 +169,15 @@ def test_a_share_of_one_record():
             {"total_steps": 10},
             ["schedule.warmup_steps=11", "the 10 steps", "Lower"],
         ),
-        ({"schedule__name": ScheduleName.exponential}, {"total_steps": 10}, ["exponential", "every 1 epochs"]),
+        (
+            {"schedule__name": ScheduleName.exponential},
+            {"total_steps": 10},
+            ["exponential", "every 1 epochs. Choose schedule.unit=steps, train"],
+        ),
         (
             {"schedule__name": ScheduleName.step, "schedule__unit": Unit.steps, "schedule__step_size": 10},
             {"total_steps": 10},
-            ["schedule.name=step", "every 10 steps"],
+            ["schedule.name=step", "every 10 steps. Choose schedule.unit=steps with a fitting schedule.step_size"],
         ),
         (
             {"train__early_stopping_patience": 3, "train__eval_every": 20},
