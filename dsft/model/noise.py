@@ -134,9 +134,10 @@ class Noise:
         self._names = {module: name for name, module in model.named_modules()}
         self._features: dict[str, torch.Tensor] = {}
         self._calls: Counter = Counter()
-        self._functional = self._global = self._again = False
+        self._functional = self._global = False
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            # a subclass with a forward of its own is met at the function that it calls
+            if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
                 module.forward = self._forward_of(module)
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._neftune)
@@ -164,17 +165,26 @@ class Noise:
         return RandomCalls(self) if self._functional else nullcontext()
 
     def checkpointing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Contexts of a layer's forward pass and of its repetition in the backward pass (torch's `context_fn`)."""
-        return nullcontext(), self._recomputing()
+        """Contexts of a layer's forward pass and of its repetition in the backward pass (torch's `context_fn`).
+
+        Layers are repeated from the last to the first, so each goes on from what had been drawn when it began: several
+        may share a module.
+        """
+        return nullcontext(), self._recomputing(Counter(self._calls), _host_states() if self._global else None)
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        self._again = True
+    def _recomputing(self, calls: Counter, host: tuple | None) -> Iterator[None]:
+        now, self._calls = self._calls, calls
+        after = _host_states() if host else None
         try:
+            if host:
+                _set_host_states(host)
             with self.drawing():
                 yield
         finally:
-            self._again = False
+            self._calls = now
+            if after:
+                _set_host_states(after)
 
     def rehearse(self, forward: Callable[[], object], exempt: bool = False) -> None:
         """Run a training forward pass to see what the model draws; random states are put back.
@@ -198,11 +208,10 @@ class Noise:
                 raise UserError(
                     f"{type(next(iter(self._names))).__name__} draws random numbers while it trains in a way that "
                     "would depend on ranks and batch size. Set its dropout and noise settings to 0 in the model's "
-                    "config.json."
+                    "config.json; where it has none for this, use another model."
                 )
         if self._global:
-            random.setstate(host[0])
-            np.random.set_state(("MT19937", np.frombuffer(host[1], np.uint32), *host[2]))
+            _set_host_states(host)
 
     def dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         """Dropout of activations.
@@ -248,7 +257,7 @@ class Noise:
 
     def attended(self, module: nn.Module) -> None:
         """Tell that a call of an attention layer is over: the next one draws anew."""
-        self._calls[module, self._again] += 1
+        self._calls[module] += 1
 
     def _keys(self, place: str, rows: int, size: int, device: torch.device) -> torch.Tensor:
         """Feature keys of a place, shape (rows, size); kept, in the largest size that was asked for so far."""
@@ -261,7 +270,7 @@ class Noise:
         return kept[:, :size]
 
     def _place(self, module: nn.Module) -> str:
-        return f"{self._names[module]}#{self._calls[module, self._again]}"
+        return f"{self._names[module]}#{self._calls[module]}"
 
     def _forward_of(self, module: nn.Dropout):
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -272,13 +281,13 @@ class Noise:
     def called(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         """`dropout`, and the module's next call in this pass draws anew."""
         dropped = self.dropout(module, x, p)
-        self._calls[module, self._again] += 1
+        self._calls[module] += 1
         return dropped
 
     def single(self, module: nn.Module) -> float:
         """A number in [0, 1) that is the same for all batches of an optimizer step, as for skipping layers."""
         place = int.from_bytes(hashlib.blake2b(self._place(module).encode(), digest_size=8).digest(), "little")
-        self._calls[module, self._again] += 1
+        self._calls[module] += 1
         return int(_chain(self._seed, *self._step, place) >> np.uint64(11)) / 2**53
 
     def owner(self) -> nn.Module:
@@ -323,6 +332,11 @@ def _dropped(x: torch.Tensor, bits: torch.Tensor, p: float) -> torch.Tensor:
 def _host_states() -> tuple:
     _, keys, *rest = np.random.get_state()
     return random.getstate(), keys.tobytes(), tuple(rest)
+
+
+def _set_host_states(states: tuple) -> None:
+    random.setstate(states[0])
+    np.random.set_state(("MT19937", np.frombuffer(states[1], np.uint32), *states[2]))
 
 
 def _device_states() -> list[bytes]:

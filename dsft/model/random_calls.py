@@ -73,14 +73,14 @@ class RandomCalls(TorchFunctionMode):
         raise UserError(
             f"{self._noise.name(module)} draws random numbers by torch's {function.__name__} while it trains, which "
             "would depend on ranks and batch size. Set the dropout, jitter or noise settings of this model to 0 in its "
-            "config.json."
+            "config.json; where it has none for this, use another model."
         )
 
 
 def _rate(function, arguments, keywords) -> tuple[torch.Tensor, float, bool]:
     """Input, rate and training flag of a dropout function's call."""
     if function is torch.dropout:
-        x, p, training = (*arguments, *(keywords[key] for key in ("p", "train") if key in keywords))
+        x, p, training = (*arguments, *(keywords[key] for key in ("input", "p", "train") if key in keywords))
         return x, p, training
     bound = inspect.signature(function).bind(*arguments, **keywords)
     bound.apply_defaults()

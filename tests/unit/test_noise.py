@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dsft.config.schema import ActivationCheckpointing, Method, TuningConfig
 from dsft.data.batch import collate
@@ -294,3 +295,62 @@ def test_what_draws_without_a_name_is_refused():
 
     with pytest.raises(UserError, match="draws random numbers while it trains in a way that"):
         rehearsed(draw)
+
+
+class Shared(nn.Module):
+    """Two layers that share their dropout, by modules and functions, and draw single numbers of every kind."""
+
+    def __init__(self, checkpointing: bool):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+        self.checkpointing = checkpointing
+        self.contexts = None
+
+    def layer(self, linear, x):
+        x = F.dropout(self.drop(linear(x)).tanh(), 0.5)
+        return x * (1 + random.random()) * (1 + np.random.rand()) * (1 + torch.rand(1))
+
+    def forward(self, x):
+        for linear in self.linears:
+            if self.checkpointing:
+                x = checkpoint(self.layer, linear, x, use_reentrant=False, context_fn=self.contexts)
+            else:
+                x = self.layer(linear, x)
+        return x
+
+
+def test_layers_that_share_dropout_are_recomputed_with_their_own_noise():
+    """They are repeated from the last to the first."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Shared(checkpointing).train()
+        ours = noise.Noise(model, seed=0)
+        model.contexts = ours.checkpointing
+        x = torch.randn(1, 9, 4)
+        ours.begin((0, 1), [9], [0], CPU)
+        ours.rehearse(lambda model=model, x=x: model(x))
+        ours.begin((0, 1), [9], [0], CPU)
+        with ours.drawing():
+            loss = model(x).sum()
+        after = random.getstate(), np.random.get_state()[1].tolist()
+        loss.backward()
+        assert after == (random.getstate(), np.random.get_state()[1].tolist())
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_dropout_of_another_kind_keeps_its_own_forward():
+    class Doubling(nn.Dropout):
+        def forward(self, x):
+            return 2 * torch.dropout(input=x, p=self.p, train=self.training)
+
+    layer = Doubling(0.5)
+    model = nn.Sequential(layer).train()
+    ours = noise.Noise(model, seed=0)
+    ours.begin((0, 0), [6], [0], CPU)
+    ours.rehearse(lambda: model(torch.ones(1, 6, 4)))
+    ours.begin((0, 0), [6], [0], CPU)
+    with ours.drawing():
+        assert set(model(torch.ones(1, 6, 4)).flatten().tolist()) == {0.0, 4.0}
