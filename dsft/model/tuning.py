@@ -152,11 +152,13 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftMo
         # Adapters in the weights' own type: fp32 ones on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=False)
-        except ValueError as problem:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # peft refuses by ValueError, and fails in other ways at layers unknown to it
             raise UserError(_refusal(tuning, problem)) from problem
 
 
-def _refusal(tuning: TuningConfig, problem: ValueError) -> str:
+def _refusal(tuning: TuningConfig, problem: Exception) -> str:
     """Why peft takes no adapters of this kind, in settings."""
     given = [f"tuning.dropout={tuning.dropout}"] if tuning.dropout else []
     given += ["tuning.use_dora=true"] if tuning.use_dora else []
@@ -167,7 +169,11 @@ def _refusal(tuning: TuningConfig, problem: ValueError) -> str:
             "experts in one tensor, which is adapted as a whole. Leave it out, or name linear layers of the attention, "
             "such as tuning.target_modules=[q_proj,k_proj,v_proj,o_proj]."
         )
-    return f"tuning=lora: peft takes no adapters for this model: {problem}"
+    what = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+    return (
+        f"tuning=lora: peft takes no adapters for this model: {what}{problem}. Name other layers in "
+        "tuning.target_modules, such as those of the attention."
+    )
 
 
 def _targets(model: PreTrainedModel, names: list[str]) -> str | list[str]:

@@ -203,6 +203,8 @@ def _is_echo(error: BaseException) -> bool:
     """Whether this is what ranks see of the end of another: a collective that failed."""
     if isinstance(error, PeerFailed) or type(error).__module__ == "torch.distributed":
         return True
+    if error.__cause__ is not None and _is_echo(error.__cause__):
+        return True  # in other words
     return isinstance(error, RuntimeError) and any(word in describe(error) for word in _ECHOES)
 
 

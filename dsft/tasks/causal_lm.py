@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,11 +16,15 @@ from dsft.metrics import Tally
 from dsft.tasks.nll import nll_of_logits, plain_head
 from dsft.types import IGNORE_INDEX, Batch, Example
 
-PROBE = 8
-"""Tokens of each of the documents by which a model shows that it keeps documents apart."""
+PROBE = 11
+"""Tokens of each of the documents by which a model shows that it keeps documents apart. Two of them are as many as no
+model has heads, experts or features, so that no other dimension is taken for that of tokens."""
 
 UNCHANGED = 1e-6
 """Relative change of a position's logits that can be rounding where nothing but another document changed."""
+
+MASKED = 3e4
+"""Logits beyond are no answers: some models so mask what is no token, with infinity or the least number of fp16."""
 
 
 def probe_tokens(examples: Iterable[Example]) -> torch.Tensor:
@@ -35,7 +41,7 @@ def probe_tokens(examples: Iterable[Example]) -> torch.Tensor:
         if len(found) >= 3 * PROBE:
             break
     tokens = torch.tensor(found).repeat(-(-3 * PROBE // len(found)))[: 3 * PROBE].view(3, PROBE)
-    different = next((t for t in found if t != found[0]), found[0])
+    different = next((t for t in found if t != found[0]), abs(found[0] - 1))
     same = tokens[0] == tokens[1]
     tokens[1] = torch.where(same, torch.where(tokens[0] == different, found[0], different), tokens[1])
     return tokens
@@ -128,10 +134,11 @@ class CausalLM(nn.Module):
             return _inputs(torch.cat([begin, second])[None], positions[None], documents)
 
         training = self.training
-        with torch.no_grad():
+        with torch.no_grad(), self._first_pass():
             self.eval()
             logits = self._check_isolation(row, first, other, second)
-            if self._head[0] is not None and _change(self._head[0](self._hidden(row(first))), logits).max() > UNCHANGED:
+            head = self._head[0]
+            if head is not None and _change(head(self._hidden(row(first))), logits).max() > UNCHANGED:
                 self._head = [None]
             self.train()
             self.noise.begin((0, 0), lengths, [0, 1], device)
@@ -139,6 +146,26 @@ class CausalLM(nn.Module):
             self.noise.rehearse(lambda: self.model(**row(first)), exempt=documents.kernel is Attention.flash)
             self.train(training)
         self._checked = True
+
+    @contextmanager
+    def _first_pass(self) -> Iterator[None]:
+        """Inside, what the code of the model or of its adapters cannot do is a UserError that says what to try."""
+        try:
+            yield
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # whatever it comes up with
+            place = traceback.extract_tb(problem.__traceback__)[-1]
+            advice = "Use another model, or another version of transformers."
+            if hasattr(self.model, "peft_config"):
+                advice = (
+                    "It may not bear adapters on all the layers that tuning.target_modules names: name linear layers "
+                    "of the attention, such as tuning.target_modules=[q_proj,k_proj,v_proj,o_proj], or use tuning=full."
+                )
+            raise UserError(
+                f"{type(_plain(self.model)).__name__} fails in its first forward pass: {type(problem).__name__}: "
+                f"{problem} ({Path(place.filename).name}:{place.lineno}). {advice}"
+            ) from problem
 
     def _check_isolation(self, row, first, other, second) -> torch.Tensor:
         """Make sure that a document gets the same logits behind any other, and alone.
@@ -158,6 +185,12 @@ class CausalLM(nn.Module):
             return self.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits[1]
 
         logits = self.model(**row(first)).logits[0]
+        if logits.isnan().any() or logits.isposinf().any():
+            half = next(self.parameters()).dtype is torch.float16
+            raise UserError(
+                f"{type(_plain(self.model)).__name__} gives logits that are not finite before any training: "
+                + ("use precision=bf16 or precision=fp32." if half else "the weights in model.path are damaged.")
+            )
         moved = _change(self.model(**row(other)).logits[0, PROBE:], logits[PROBE:])
         expected = alone(first)
         rounding = _change(alone(other), expected)
@@ -174,7 +207,8 @@ class CausalLM(nn.Module):
 def _change(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """How far each position's logits are from others, relative to their 2-norm; float64, shape (positions,)."""
     found, expected = found.double(), expected.double()
-    return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    size = expected.where(expected.abs() < MASKED, 0).norm(dim=-1)
+    return (found - expected).where(found != expected, 0).norm(dim=-1) / size.clamp(min=1e-30)
 
 
 def _plain(model):

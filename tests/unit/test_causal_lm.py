@@ -11,6 +11,7 @@ from dsft.config.schema import Method, TuningConfig
 from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention, tuning
+from dsft.tasks.causal_lm import probe_tokens
 from dsft.types import IGNORE_INDEX, Example
 
 EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
@@ -168,3 +169,68 @@ def leaking(query, key, value, lengths, scale, window):
     heads = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(heads, dim=1) for t in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+def test_adapters_that_the_model_cannot_run_are_refused_with_the_setting(family):
+    """peft wraps routers whose code then asks for attributes, or results, that the wrapper does not have."""
+    changes = {"num_local_experts": 2} | ({"router_jitter_noise": 0.0} if family == "phimoe" else {})
+    model = lora(tiny.causal(family, attention.NAME, **changes))
+    with pytest.raises(
+        UserError, match=r"fails in its first forward pass: \w+: .*\.py:\d+\).*tuning\.target_modules=\["
+    ):
+        task(model)(collate(EXAMPLES))
+
+
+def test_a_model_that_fails_is_refused_by_name_and_one_without_room_says_so():
+    model = tiny.causal("llama", attention.NAME)
+    for problem, expected in (
+        (TypeError("no such argument"), (UserError, r"LlamaForCausalLM fails .*TypeError: no such argument")),
+        (torch.OutOfMemoryError("of 80 GiB"), (torch.OutOfMemoryError, "of 80 GiB")),
+    ):
+
+        def fail(*_, problem=problem, **__):
+            raise problem
+
+        model.forward = fail
+        with pytest.raises(expected[0], match=expected[1]):
+            task(model)(collate(EXAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.float16, "use precision=bf16"), (torch.float32, r"weights in model\.path are damaged")]
+)
+def test_logits_that_are_not_finite_are_told_from_a_leak(dtype, advice):
+    model = tiny.causal("llama", attention.NAME).to(dtype)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    with pytest.raises(UserError, match=f"LlamaForCausalLM gives logits that are not finite .*{advice}"):
+        task(model)(collate(EXAMPLES))
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min])
+def test_masked_logits_do_not_hide_a_leak(mask, monkeypatch):
+    def masked(seed):
+        model = tiny.causal("llama", attention.NAME, seed)
+        forward = model.forward
+
+        def bent(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits[..., :3] = mask
+            return output
+
+        model.forward = bent
+        return task(model)
+
+    sound = masked(0)
+    sound(collate(EXAMPLES))
+    assert sound._head[0] is None
+    monkeypatch.setattr(attention, "_per_document", leaking)
+    with pytest.raises(UserError, match="does not keep the documents of a row apart"):
+        masked(0)(collate(EXAMPLES))
+
+
+def test_documents_of_the_probe_differ_whatever_the_data():
+    for ids in ([0, 0], [7] * 50, [5, 6], [4, 4, 9]):
+        first, other, _ = probe_tokens([Example(np.array(ids, np.int32), np.ones(len(ids), bool))])
+        assert (first != other).all()

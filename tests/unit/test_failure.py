@@ -604,3 +604,15 @@ def _speakers(host: str, cause: failure_hub.Cause) -> list[int]:
         if watch._speaks(cause):
             found.append(local_rank)
     return found
+
+
+def test_the_end_of_another_rank_in_other_words_is_an_echo_too():
+    """Or it would be taken for what ended the run."""
+    try:
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+        except RuntimeError as problem:
+            raise UserError("the model fails") from problem
+    except UserError as error:
+        assert failure._is_echo(error)
+    assert not failure._is_echo(UserError("the model fails"))

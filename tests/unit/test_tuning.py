@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -137,3 +138,13 @@ def test_target_modules_by_name_reach_only_those():
     assert {n.split(".")[6] for n in names} == {"q_proj", "v_proj"}
     names = trained(lora(tiny_gpt2(), target_modules=["c_attn"]))
     assert {n.split(".")[6] for n in names} == {"c_attn"}
+
+
+@pytest.mark.parametrize("problem", [ValueError("no such layer"), AttributeError("no such layer")])
+def test_whatever_peft_cannot_do_is_refused_with_the_setting(problem, monkeypatch):
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(tuning, "get_peft_model", fail)
+    with pytest.raises(UserError, match=r"takes no adapters for this model: .*no such layer.*tuning\.target_modules"):
+        tuning.apply(tiny.llama(), TuningConfig(method=Method.lora, rank=2), seed=0)
