@@ -17,6 +17,7 @@ from dsft.config.schema import (
     Config,
     Method,
     OptimName,
+    Packing,
     ScheduleConfig,
     Source,
     TrainConfig,
@@ -110,6 +111,32 @@ def check_model(
             f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Set "
             f"model.resize_embeddings=true to give the {tokens - embeddings} without one the mean of their pieces; or, "
             "where the two do not belong together, give a model.path that holds the model's own tokenizer."
+        )
+
+
+def check_rotation(
+    config: Config, *, switches_after: int | None, micro_batch_size: int, train: list[int], validation: list[int]
+) -> None:
+    """Refuse rows in which a long document would change how the positions of the others are encoded.
+
+    Args:
+        config: All settings.
+        switches_after: `model.load.rotation_switch`.
+        micro_batch_size: Rows of a micro-batch.
+        train: Tokens of each training example.
+        validation: Tokens of each validation example.
+
+    Raises:
+        UserError: Documents of both kinds could share a forward pass.
+    """
+    alone = config.data.packing is Packing.none and micro_batch_size == 1
+    shared = ([] if alone else [train]) + ([] if config.eval.micro_batch_size == 1 else [validation])
+    if switches_after is not None and any(min(part) <= switches_after < max(part) for part in shared if part):
+        raise UserError(
+            f"data.max_length={config.data.max_length}: the model in model.path encodes positions in another way where "
+            f"a row has a document of more than {switches_after} tokens (rope_type=longrope), so that documents would "
+            f"change each other. Give data.max_length={switches_after} or less, or let every document stand alone: "
+            "data.packing=none batch.micro_batch_size=1 eval.micro_batch_size=1."
         )
 
 

@@ -340,6 +340,19 @@ def load_model(
     return model
 
 
+def rotation_switch(config: PreTrainedConfig) -> int | None:
+    """Tokens of a row's longest document beyond which a model rotates all of the row in another way (LongRoPE,
+    arXiv:2402.13753, as transformers has it); None for the others.
+
+    Args:
+        config: The text model's.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some have one for each kind of layer
+    found = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(filter(None, found), default=None)
+
+
 def activation_checkpointing(
     model: PreTrainedModel, mode: ActivationCheckpointing, contexts: Callable[[], tuple[Any, Any]]
 ) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dsft.config.check import BatchSizes, check, check_model, resolve_batch
+from dsft.config.check import BatchSizes, check, check_model, check_rotation, resolve_batch
 from dsft.config.load import knobs
 from dsft.config.schema import (
     BatchConfig,
@@ -288,3 +288,31 @@ def test_every_token_has_an_embedding():
     message = r"101 tokens, but .*model\.path has 100 embeddings.*model\.resize_embeddings=true.* the 1 without one"
     with pytest.raises(UserError, match=message):
         check_model(**MODEL | {"tokens": 101})
+
+
+def test_a_long_document_does_not_change_how_short_ones_beside_it_are_encoded():
+    """LongRoPE, as transformers has it, goes by the longest document of a row."""
+
+    def rotation(train, validation=(), switches_after=100, micro=1, packing=Packing.bfd, evaluated=None):
+        config = Config()
+        config.data.packing, config.eval.micro_batch_size = packing, evaluated
+        check_rotation(
+            config,
+            switches_after=switches_after,
+            micro_batch_size=micro,
+            train=list(train),
+            validation=list(validation),
+        )
+
+    rotation([50, 100])
+    rotation([101, 200])
+    rotation([50, 101], switches_after=None)
+    rotation([50, 101], [50, 101], packing=Packing.none, evaluated=1)
+    message = r"more than 100 tokens \(rope_type=longrope\).*data\.max_length=100 or less.*batch\.micro_batch_size=1"
+    for given in (
+        {"train": [50, 101]},
+        {"train": [50, 101], "packing": Packing.none, "micro": 2},
+        {"train": [50], "validation": [50, 101], "packing": Packing.none},
+    ):
+        with pytest.raises(UserError, match=message):
+            rotation(**given)

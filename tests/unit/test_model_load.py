@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -262,3 +263,15 @@ def test_plain_loading_hides_a_live_zero3_config_and_brings_it_back(saved):
         assert load.hf_deepspeed.is_deepspeed_zero3_enabled()
     finally:
         load.hf_deepspeed.unset_hf_deepspeed_config()
+
+
+def test_where_a_model_rotates_a_row_in_another_way():
+    """And that it does so for short documents too, which is why they may not lie beside a long one."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    changes = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    model = tiny.causal("phi3", "eager", rope_parameters={"rope_type": "longrope", **factors}, **changes)
+    assert load.rotation_switch(model.config) == 16
+    assert load.rotation_switch(LlamaConfig()) is None
+    ids, positions = torch.arange(40)[None] % 30, torch.cat([torch.arange(8), torch.arange(32)])[None]
+    rotary, x = model.model.rotary_emb, model.model.embed_tokens(ids)
+    assert not torch.equal(rotary(x, positions)[0][:, :8], rotary(x[:, :8], positions[:, :8])[0])
