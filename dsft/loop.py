@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,8 @@ class Interval:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        sums = {name: float(value) for name, value in self.tally.sums.items()}
+        # as text, since a skipped step may have brought a NaN, which JSON cannot hold
+        sums = {name: repr(float(value)) for name, value in self.tally.sums.items()}
         rest = ("seconds", "own_seconds", "tokens", "steps")
         return {"sums": sums, **{name: getattr(self, name) for name in rest}}
 
@@ -80,7 +82,7 @@ class Interval:
     def of(cls, state: dict[str, Any], device: torch.device) -> Interval:
         """The interval that `state_dict` described."""
         state = dict(state)
-        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state.pop("sums").items()}
+        sums = {k: torch.tensor(float(v), dtype=torch.float64, device=device) for k, v in state.pop("sums").items()}
         return cls(**(state | {"tally": Tally(sums)}))
 
 
@@ -302,20 +304,22 @@ class Loop:
         counters, train = self.counters, self.train
         value = metrics[train.best_metric]
         sign = 1 if METRICS[train.best_metric].greater_is_better else -1
-        better = counters.best is None or sign * (value - counters.best) > 0
+        finite = math.isfinite(value)  # NaN would stay the best for ever, as nothing compares with it
+        better = finite and (counters.best is None or sign * (value - counters.best) > 0)
         if better:
             counters.best, counters.best_step = value, counters.step
         reference = counters.patience_best
-        if reference is None or sign * (value - reference) > train.early_stopping_min_delta:
+        if finite and (reference is None or sign * (value - reference) > train.early_stopping_min_delta):
             counters.patience_best, counters.evaluations_without_improvement = value, 0
         else:
             counters.evaluations_without_improvement += 1
         patience = train.early_stopping_patience
         if patience and counters.evaluations_without_improvement >= patience:
             counters.finished = "early stop"
+            best = f"was {counters.best:.6g} at step {counters.best_step}" if counters.best_step else "is not known"
             self.tracker.note(
                 f"early stop: {train.best_metric} has not improved by more than {train.early_stopping_min_delta} in "
-                f"{patience} evaluations; the best was {counters.best:.6g} at step {counters.best_step}"
+                f"{patience} evaluations; the best {best}"
             )
         return better
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -213,3 +215,24 @@ def test_samples_that_cannot_be_had_are_counted_and_do_not_end_a_run(make):
     warnings = [note for note in made.tracker.notes if note.startswith("warning: 2 of 2 samples")]
     assert len(warnings) == 2  # before the first step and at the end
     assert "rank 1: RuntimeError: out of memory" in warnings[0]
+
+
+def test_an_interval_with_a_nan_can_be_saved():
+    """Of a skipped step; JSON has no NaN."""
+    interval = loop.Interval()
+    interval.add(Tally({"nll": torch.tensor(torch.nan, dtype=torch.float64)}), 0.5, 0.25, 7)
+    state = json.loads(json.dumps(interval.state_dict(), allow_nan=False))
+    assert math.isnan(float(loop.Interval.of(state, torch.device("cpu")).tally.sums["nll"]))
+    state["sums"] = {"nll": 1.5}  # as earlier checkpoints have it
+    assert float(loop.Interval.of(state, torch.device("cpu")).tally.sums["nll"]) == 1.5
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(make):
+    nan, inf = math.nan, math.inf
+    made = make(losses=[9, nan, inf, 5, nan], total=16)
+    made.run()
+    assert (made.counters.best, made.counters.best_step, made.counters.patience_best) == (5, 12, 5)
+    made = make(losses=[9] + [nan] * 9, total=40, early_stopping_patience=2)
+    made.run()
+    assert made.counters.finished == "early stop" and made.counters.best is None
+    assert any("the best is not known" in note for note in made.tracker.notes)
