@@ -153,8 +153,13 @@ def compare(path: Path, state: dict[str, Any], identity: dict[str, Any], world_s
                 "or use another run_dir."
             )
     then = state.get("identity", {})
+    if unknown := [setting for setting in identity if setting not in then]:
+        raise UserError(
+            f"{path} does not say what its run had for {unknown[0]}: an earlier dsft wrote it, and this one cannot go "
+            "on from it. Finish the run with the version that its environment.json names, or choose another run_dir."
+        )
     for setting, now in identity.items():
-        before = then.get(setting)
+        before = then[setting]
         if before == now or (setting == MODEL and same_model(before, now)):
             continue
         if setting == DATA and not _in_the_way(before, now, state["loader"]):
@@ -315,10 +320,16 @@ def choose(run_dir: Path, resume: str) -> Path | None:
             f"run_dir={run_dir} holds checkpoints, but none of them is whole. Delete its checkpoints/ to start anew, "
             "or choose another run_dir."
         )
-    # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
-    if resume == "auto" or own is not None:
-        return own
     path = Path(resume).expanduser().absolute()
+    if resume == "auto" or own is not None:
+        if resume != "auto" and path.resolve() != own.resolve():
+            # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
+            print(
+                f"note: train.resume={resume} is passed over, as run_dir={run_dir} holds a run that has come to "
+                f"{own.name} and goes on from there. To go on from {path.name}, choose another run_dir.",
+                file=sys.stderr,
+            )
+        return own
     if problem := damage(path):
         raise UserError(f"train.resume={path} is no whole checkpoint: {problem}")
     return path

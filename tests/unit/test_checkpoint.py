@@ -381,3 +381,21 @@ def test_a_base_model_is_the_same_wherever_it_lies(tmp_path):
     assert "base model a, and this run has another: b, where model.safetensors differ" in refusal(then, changed)
     hub = {"name": "org/a", "origin": "org/a", "fingerprint": "1", "files": {}}
     assert "base model org/a" in refusal(hub, hub | {"fingerprint": "2"})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such():
+    state = {"world_size": 1, "zero_stage": 2, "identity": {"model.path": "0f" * 32, "precision": "fp32"}}
+    now = {"train.seed": 0, "model.path": {"fingerprint": "1", "files": {}}, "precision": "fp32"}
+    with pytest.raises(UserError, match=r"does not say what its run had for train\.seed: an earlier dsft wrote it"):
+        checkpoint.compare(Path("step-000020"), state, now, 1, 2)
+
+
+def test_a_path_that_is_not_gone_on_from_is_said_to_be_passed_over(tmp_path, capsys):
+    """The run that began from it was stopped and is begun again, or somebody wants to go back."""
+    older, newer = publish(tmp_path / "run", 10), publish(tmp_path / "run", 20)
+    for chosen in ("auto", str(newer)):
+        assert checkpoint.choose(tmp_path / "run", chosen) == newer
+    assert capsys.readouterr().err == ""
+    assert checkpoint.choose(tmp_path / "run", str(older)) == newer
+    assert f"train.resume={older} is passed over" in capsys.readouterr().err
+    assert checkpoint.choose(tmp_path / "new", str(older)) == older
