@@ -76,11 +76,12 @@ class _ExactNorms(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        if function in (torch.Tensor.norm, torch.norm, torch.linalg.vector_norm, torch.linalg.norm):
+        keywords = dict(keywords or {})
+        if arguments and function in (torch.Tensor.norm, torch.norm, torch.linalg.vector_norm, torch.linalg.norm):
             x = arguments[0]
-            if x.device.type == "cpu" and x.is_floating_point() and "out" not in keywords:
-                return function(x.double(), *arguments[1:], **keywords).to(keywords.get("dtype") or x.dtype)
+            if x.device.type == "cpu" and x.is_floating_point() and keywords.get("out") is None:
+                dtype = keywords.pop("dtype", None) or x.dtype
+                return function(x.double(), *arguments[1:], **keywords).to(dtype)
         return function(*arguments, **keywords)
 
 

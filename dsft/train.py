@@ -59,6 +59,9 @@ PROBE_TOKENS = 32
 PROBE_BYTES = 16 * 2**20
 """What the logits of that document may take in a checkpoint."""
 
+PROBE_SEARCH = 1000
+"""Examples among which one with a new token is looked for."""
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "tokenizers")
 
 
@@ -185,6 +188,13 @@ def _plan(config: Config, place: Place) -> Plan:
         sizes.global_batch_size,
     )
     audit["packing"] = planner.describe()
+    check.check_rotation(
+        config,
+        switches_after=models.rotation_switch(models.load_config(model["source"]).get_text_config()),
+        micro_batch_size=sizes.micro_batch_size,
+        train=train_set.lengths.tolist(),
+        validation=validation.lengths.tolist() if validation else [],
+    )
     total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     length = effect.Length(
         held_out=len(validation or []),
@@ -273,7 +283,7 @@ def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_d
             "wandb_id": world.broadcast(tracker.run_id),
         },
         record=checkpoint.Record(load.to_yaml(config), plan.companions),
-        probe=_probe(data[0], engine),
+        probe=_probe(data, plan.words, engine),
     )
 
 
@@ -281,13 +291,16 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
     """The run is accepted: write down what is about to happen, and leave nothing of what happened later."""
     tracker, world, run_dir = the_loop.tracker, the_loop.world, the_loop.run_dir
     environment = _environment(world)
+    foreign = resume_from is not None and resume_from.parents[1] != run_dir
 
     def write() -> int:
         dropped = tracker.rewind(saved.get("step", -1))
         checkpoint.clean(run_dir)
         if config.tracking.wandb:
             plain = yaml.safe_load(load.to_yaml(config))
-            tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, saved.get("wandb_id"), tracker.note))
+            # a run that begins from another's checkpoint is a run of its own
+            run_id = None if foreign else saved.get("wandb_id")
+            tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, run_id, tracker.note))
         write_json(run_dir / "environment.json", environment)
         audit = plan.audit | {"new_tokens": plan.words.audit(plan.train_set.arrays["ids"])}
         _describe_run(config, plan.ds, run_dir, tracker, audit)
@@ -301,7 +314,7 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
 
     dropped = world.from_main(write)
     if resume_from:
-        if resume_from.parents[1] != run_dir:
+        if foreign:
             # the best checkpoint lies in the other run's directory, where nobody would look for it
             the_loop.counters.best = the_loop.counters.best_step = None
         again = f"; {dropped} later row(s) of metrics.jsonl will be made again" if dropped else ""
@@ -390,11 +403,16 @@ def _tracker(config: Config, run_dir: Path, world: World, total_steps: int, save
     return Tracker(run_dir, Progress(total_steps, saved.get("step", 0), config.tracking.progress))
 
 
-def _probe(example: Example, engine: Engine) -> Batch:
-    """A short document of real text around the first supervised token, whose logits take at most PROBE_BYTES."""
+def _probe(data: dataset.TokenDataset, words: vocabulary.Vocabulary, engine: Engine) -> Batch:
+    """A short document of real text, whose logits take at most PROBE_BYTES: around the first new token, if the data
+    hold one, else around the first supervised token."""
     logits = engine.module.model.config.get_text_config().vocab_size
     tokens = max(2, min(PROBE_TOKENS, PROBE_BYTES // (4 * logits)))
-    begin = max(0, int(example.supervised.argmax()) - tokens // 4)
+    searched = range(min(len(data), PROBE_SEARCH)) if words.pieces else ()
+    number = next((n for n in searched if (data[n].ids >= words.first).any()), 0)
+    example = data[number]
+    shown = example.ids >= words.first if words.pieces else example.supervised
+    begin = max(0, int((shown if shown.any() else example.supervised).argmax()) - tokens // 4)
     part = slice(begin, begin + tokens)
     return collate([Example(example.ids[part], example.supervised[part])])
 
