@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import (
     ConfigKeyError,
     OmegaConfBaseException,
@@ -54,12 +55,14 @@ _OF_YOUR_OWN = {
 """How to give what is no choice of a group, but a path or a hub id."""
 
 _AMBIGUOUS = "Ambiguous value for argument "
+_ENV = BaseContainer._resolvers["oc.env"]
 
 
 def register() -> None:
     """Let `conf/config.yaml` begin its defaults list with the schema, and text in YAML be text."""
     ConfigStore.instance().store("schema", node=Config)
     yaml_text.register()
+    BaseContainer._resolvers["oc.env"] = _environment_or_text
 
 
 @contextmanager
@@ -164,6 +167,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith("Config group override"):
         return str(error) if cause is error or not str(cause) else f"{error}: {str(cause).splitlines()[0]}"
     return None
+
+
+def _environment_or_text(config: Any, parent: Any, node: Any, args: tuple[Any, ...], args_str: tuple[str, ...]) -> Any:
+    """OmegaConf's `oc.env`, with a default as it is written: that of `${oc.env:DATE,2024_11_25}` is no number."""
+    texts = (text if isinstance(arg, int | float) and "$" not in text else arg for arg, text in zip(args, args_str))
+    return _ENV(config, parent, node, tuple(texts), args_str)
 
 
 def _plain(value: Any, escape: bool = False) -> Any:

@@ -94,6 +94,17 @@ def test_interpolation_and_hydras_escapes_still_work():
     assert compose(r"name='1e5'").name == "1e5"
 
 
+@pytest.mark.parametrize("text", ["1e5", "2024_11_25", "007", "true", "1.50"])
+def test_from_the_environment_and_in_its_place(text, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSFT_X", text)
+    monkeypatch.delenv("DSFT_Y", raising=False)
+    recipe = f"# @package _global_\nname: ${{oc.env:DSFT_Y,{text}}}\nmodel: {{revision: '${{oc.env:DSFT_X}}'}}\n"
+    made = compose("experiment=x", "train.seed=${oc.env:DSFT_Y,1_0}", f"tracking.tags=[${{oc.env:DSFT_Y,{text}}}]",
+                   conf=conf_with(tmp_path, experiment__x=recipe))  # fmt: skip
+    assert (made.name, made.model.revision, made.tracking.tags, made.train.seed) == (text, text, [text], 10)
+    assert compose("name=${oc.env:DSFT_Y,${train.seed}}", "model.revision=${oc.env:DSFT_Y,null}").name == "0"
+
+
 def test_in_a_mapping():
     train = compose("train={max_steps: 3, resume: 1e5, best_metric: 'a:b'}").train
     assert (train.max_steps, train.resume, train.best_metric) == (3, "1e5", "a:b")
