@@ -177,7 +177,11 @@ def _weights(directory: Path) -> str | None:
         return _first_unsound(directory, [name])
     if problem := disguise(directory / name, text=True):
         return f"{name} is {problem}."
-    parts = sorted(set(read_json(directory / name).get("weight_map", {}).values()))
+    index = read_json(directory / name)
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or {*map(type, files.values())} != {str} or "metadata" not in index:
+        return f"{name} is no index of weights (metadata, weight_map): download or copy it again."
+    parts = sorted({*files.values()})
     missing = [part for part in parts if not _there(directory / part)]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""

@@ -243,7 +243,7 @@ def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -
     """
     if source.revision is None:
         directories.check_tokenizer(source.name, Path(source.path))
-    with _loading(source, "tokenizer"):
+    with _loading(source, "tokenizer", Exception):  # its files can be broken in any way
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
@@ -408,14 +408,17 @@ def disk_errors(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(source: ModelSource, what: str) -> Iterator[None]:
-    """Inside, what transformers says of unreadable files is a UserError that names them."""
+def _loading(source: ModelSource, what: str, *broken: type[Exception]) -> Iterator[None]:
+    """Inside, what transformers says of unreadable files, and an exception that is `broken`, is a UserError that names
+    them."""
+    said = OSError, ValueError, ImportError, SafetensorError
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (*said, *broken) as error:
         at = f" at revision {source.revision}" if source.revision else ""
+        kind = "" if isinstance(error, said) else f"{type(error).__name__}: "
         raise UserError(
-            f"model.path={source.name}: cannot load the {what} from {source.path}{at}: {_first_line(error)}"
+            f"model.path={source.name}: cannot load the {what} from {source.path}{at}: {kind}{_first_line(error)}"
         ) from error
 
 

@@ -315,3 +315,27 @@ def test_a_list_of_html_tags_is_no_page(tmp_path, content, page):
 def test_utf16_without_a_mark(tmp_path, encoding):
     (tmp_path / "x").write_text('{"text": "月"}', encoding=encoding)
     assert disguise(tmp_path / "x", text=True).startswith(f"{encoding.upper().replace('16-', '16')} text, not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "index", [{"weight_map": None}, {"weight_map": {}, "metadata": {}}, {}, {"weight_map": {"a": 5}, "metadata": {}}]
+)
+def test_an_index_that_is_none(model, index):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json is no index of weights" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]")]
+)
+def test_a_tokenizer_that_is_broken(model, name, content):
+    (model / name).write_text(content)
+    assert f"model.path={model}: cannot load the tokenizer from {model}: " in refused(model)
+    assert "Error: " in refused(model)
+
+
+def test_a_tokenizer_that_is_cut_off(model):
+    content = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(content[: len(content) // 2])
+    assert "cannot load the tokenizer" in refused(model)
