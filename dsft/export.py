@@ -111,15 +111,7 @@ def _model(
         )
     rows.grow(model, words, lambda parameters: nullcontext())
     model = tuning.apply(model, config.tuning, config.train.seed, words)
-    then = state["adapters"]
-    now = tuning.adapters(model)
-    different = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if different:
-        name = different[0]
-        raise UserError(
-            f"the adapters would not be those that were trained: {name} had rank and scale {then.get(name)}, and would "
-            f"have {now.get(name)}"
-        )
+    tuning.check_adapters(model, state["adapters"])
     return model
 
 

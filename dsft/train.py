@@ -141,6 +141,7 @@ def _run(config: Config, place: Place) -> int:
     tracker = _tracker(config, run_dir, world, plan.total_steps, saved)
     the_loop = _loop(config, plan, engine, world, stop, tracker, run_dir, identity)
     if resume_from:
+        tuning.check_adapters(engine.module.model, saved["adapters"])
         the_loop.resume(resume_from, identity)
     # the first forward pass, in which the task refuses a model that it cannot train exactly
     engine.evaluate(the_loop.probe)

@@ -68,6 +68,27 @@ def adapters(model: nn.Module) -> dict[str, list[float]]:
     return {name: [m.r[a], m.scaling[a]] for name, m in found.items() for a in m.lora_A}
 
 
+def check_adapters(model: nn.Module, then: dict[str, list[float]]) -> None:
+    """Make sure that a model has the adapters that were trained: another peft may read the same settings otherwise.
+
+    Args:
+        model: As `apply` made it now.
+        then: What `adapters` told of the model that was trained.
+
+    Raises:
+        UserError: One differs; it is named.
+    """
+    now = adapters(model)
+    different = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"the adapters would not be those that were trained: {name} had rank and scale {then.get(name)}, and would "
+            f"have {now.get(name)} ({len(different) - 1} more differ). Use the version of peft that the run's "
+            "environment.json names."
+        )
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The stack of decoder layers and the module that holds it, whatever the architecture calls them.
 

@@ -148,3 +148,13 @@ def test_whatever_peft_cannot_do_is_refused_with_the_setting(problem, monkeypatc
     monkeypatch.setattr(tuning, "get_peft_model", fail)
     with pytest.raises(UserError, match=r"takes no adapters for this model: .*no such layer.*tuning\.target_modules"):
         tuning.apply(tiny.llama(), TuningConfig(method=Method.lora, rank=2), seed=0)
+
+
+def test_adapters_other_than_those_that_were_trained_are_refused_by_name():
+    """A run that went on would leave the weights of those that are gone, and begin new ones anew."""
+    then = tuning.adapters(tuning.apply(tiny.llama(), TuningConfig(method=Method.lora, rank=2), seed=0))
+    fewer = TuningConfig(method=Method.lora, rank=2, target_modules=["q_proj", "k_proj"])
+    now = tuning.apply(tiny.llama(), fewer, seed=0)
+    tuning.check_adapters(now, tuning.adapters(now))
+    with pytest.raises(UserError, match=r"layers\.0\.\S+ had rank and scale \[2, .*\], and would have None .*peft"):
+        tuning.check_adapters(now, then)
