@@ -59,3 +59,9 @@ def test_no_leaf_is_handed_the_root_config():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "dsft.config.schema":
                 assert "Config" not in {alias.name for alias in node.names}, name
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by it: two of one name break the whole suite, though each runs alone."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)
