@@ -74,6 +74,7 @@ class Plan:
         precision: What `precision=auto` means here.
         ds: The whole DeepSpeed config.
         source: The base model.
+        text_config: The config of its language model.
         tokenizer: Its tokenizer, with the new tokens.
         words: What is new in it.
         stopping: Where its answers end.
@@ -89,6 +90,7 @@ class Plan:
     precision: Precision
     ds: dict[str, Any]
     source: models.ModelSource
+    text_config: Any
     tokenizer: Any
     words: vocabulary.Vocabulary
     stopping: Stopping
@@ -189,30 +191,39 @@ def _plan(config: Config, place: Place) -> Plan:
         sizes.global_batch_size,
     )
     audit["packing"] = planner.describe()
+    total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
+    data = {"train_set": train_set, "validation": validation, "audit": audit, "planner": planner}
+    plan = Plan(sizes=sizes, precision=precision, ds=ds, total_steps=total_steps, **model, **data)
+    _check_lengths(config, place, plan)
+    return plan
+
+
+def _check_lengths(config: Config, place: Place, plan: Plan) -> None:
+    """Refuse what the lengths of records and run show to be wrong or without effect."""
+    lengths, validation = plan.train_set.lengths, plan.validation
     check.check_rotation(
         config,
-        switches_after=models.rotation_switch(models.load_config(model["source"]).get_text_config()),
-        micro_batch_size=sizes.micro_batch_size,
-        train=train_set.lengths.tolist(),
+        switches_after=models.rotation_switch(plan.text_config),
+        micro_batch_size=plan.sizes.micro_batch_size,
+        train=lengths.tolist(),
         validation=validation.lengths.tolist() if validation else [],
     )
-    total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     length = effect.Length(
         held_out=len(validation or []),
-        all_supervised=bool((train_set.supervised_counts == train_set.lengths - 1).all()),
-        total_steps=total_steps,
-        steps_to_decay=planner.total_steps(effect.decays_every(config), total_steps),
+        all_supervised=bool((plan.train_set.supervised_counts == lengths - 1).all()),
+        total_steps=plan.total_steps,
+        steps_to_decay=plan.planner.total_steps(effect.decays_every(config), plan.total_steps),
     )
+    given = cli.given()
     _warn(place, effect.enforce(config, effect.by_length(config, length, given), given))
-    data = {"train_set": train_set, "validation": validation, "audit": audit, "planner": planner}
-    return Plan(sizes=sizes, precision=precision, ds=ds, total_steps=total_steps, **model, **data)
 
 
 def _plan_model(config: Config, precision: Precision, place: Place, new_tokens: list[str]) -> dict[str, Any]:
     """The plan's part about the model: what is trained, and that it can be written in the end."""
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir)
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
-    words, idle = _prepare_vocabulary(config, source, tokenizer, new_tokens)
+    text_config = models.load_config(source).get_text_config()
+    words, idle = _prepare_vocabulary(config, text_config, tokenizer, new_tokens)
     _warn(place, idle)
     stopping = find_stopping(source, tokenizer, render.turn_end(tokenizer))
     companions = export.companion_files(tokenizer, stopping.generation_config)
@@ -221,6 +232,7 @@ def _plan_model(config: Config, precision: Precision, place: Place, new_tokens: 
         rehearse(source, tokenizer, words, companions, config.tuning, DTYPES[precision], destination)
     return {
         "source": source,
+        "text_config": text_config,
         "tokenizer": tokenizer,
         "words": words,
         "stopping": stopping,
@@ -329,14 +341,13 @@ def _warn(place: Place, warnings: list[str]) -> None:
 
 
 def _prepare_vocabulary(
-    config: Config, source: models.ModelSource, tokenizer, new_tokens: list[str]
+    config: Config, text_config, tokenizer, new_tokens: list[str]
 ) -> tuple[vocabulary.Vocabulary, list[str]]:
     """Add the new tokens, and refuse settings that the chosen model cannot bear, before it is loaded.
 
     Returns:
         What is new in the tokenizer, and warnings of settings that have no effect with it.
     """
-    text_config = models.load_config(source).get_text_config()
     words = vocabulary.extend(tokenizer, new_tokens, text_config.vocab_size)
     check.check_model(
         max_length=config.data.max_length,
@@ -358,7 +369,7 @@ def _prepare_vocabulary(
 def _engine(config: Config, plan: Plan, world: World) -> Engine:
     """The model, prepared for training as the config says, inside its engine."""
     dtype = DTYPES[plan.precision]
-    dropout = attention.has_dropout(models.load_config(plan.source).get_text_config())
+    dropout = attention.has_dropout(plan.text_config)
     kernel = attention.choose_kernel(config.model.attention, world.device, dtype, dropout)
     with building(plan.ds) as gather:
         model = models.load_model(plan.source, dtype, attention.NAME)

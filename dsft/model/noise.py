@@ -60,6 +60,11 @@ def _counted(key: np.uint64, count: int) -> np.ndarray:
         return (_mix(steps + key) >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
+def _number(place: str) -> int:
+    """A place of the model as a 64-bit number."""
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
+
+
 def token_keys(seed: int, step: tuple[int, int], lengths: list[int], numbers: list[int]) -> torch.Tensor:
     """The key of every token of a flat row.
 
@@ -78,8 +83,7 @@ def token_keys(seed: int, step: tuple[int, int], lengths: list[int], numbers: li
 
 def feature_keys(place: str, count: int) -> torch.Tensor:
     """The keys of `count` pairs of features at a place of the model: int32, shape (count,), on the CPU."""
-    named = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
-    return torch.from_numpy(_counted(_chain(named), count))
+    return torch.from_numpy(_counted(_chain(_number(place)), count))
 
 
 def draw(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -214,7 +218,7 @@ class Noise:
             _set_host_states(host)
 
     def dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
-        """Dropout of activations.
+        """Dropout of activations; the module's next call in this pass draws anew.
 
         Args:
             module: Where it happens.
@@ -234,12 +238,13 @@ class Noise:
             )
         features = x.numel() // tokens
         keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
+        self._calls[module] += 1
         dropped = round(p * LEVELS)
         if x.is_cuda and _HAS_TRITON and 0 < dropped < LEVELS:
             from dsft.model.noise_kernel import FusedDrop  # where triton is: with torch for CUDA
 
             return FusedDrop.apply(x, self._tokens, keys[0], dropped)
-        return _dropped(x, draw(self._tokens.unsqueeze(1), keys)[:, :features].reshape(x.shape), p)
+        return _dropped(x, draw(self._tokens.unsqueeze(1), keys)[:, :features].reshape(x.shape), dropped)
 
     def attention_dropout(self, module: nn.Module, weights: torch.Tensor, begin: int, p: float) -> torch.Tensor:
         """Dropout of one document's attention weights.
@@ -253,7 +258,7 @@ class Noise:
         heads, length, _ = weights.shape
         keys = self._keys(self._place(module), heads, (length + 1) // 2, weights.device)
         bits = draw(self._tokens[begin : begin + length, None], keys.unsqueeze(1))[..., :length]
-        return _dropped(weights, bits, p)
+        return _dropped(weights, bits, round(p * LEVELS))
 
     def attended(self, module: nn.Module) -> None:
         """Tell that a call of an attention layer is over: the next one draws anew."""
@@ -274,19 +279,13 @@ class Noise:
 
     def _forward_of(self, module: nn.Dropout):
         def forward(x: torch.Tensor) -> torch.Tensor:
-            return self.called(module, x, module.p) if module.training and module.p else x
+            return self.dropout(module, x, module.p) if module.training and module.p else x
 
         return forward
 
-    def called(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
-        """`dropout`, and the module's next call in this pass draws anew."""
-        dropped = self.dropout(module, x, p)
-        self._calls[module] += 1
-        return dropped
-
     def single(self, module: nn.Module) -> float:
         """A number in [0, 1) that is the same for all batches of an optimizer step, as for skipping layers."""
-        place = int.from_bytes(hashlib.blake2b(self._place(module).encode(), digest_size=8).digest(), "little")
+        place = _number(self._place(module))
         self._calls[module] += 1
         return int(_chain(self._seed, *self._step, place) >> np.uint64(11)) / 2**53
 
@@ -320,8 +319,7 @@ class Noise:
         return output + noise.to(output.dtype)
 
 
-def _dropped(x: torch.Tensor, bits: torch.Tensor, p: float) -> torch.Tensor:
-    dropped = round(p * LEVELS)
+def _dropped(x: torch.Tensor, bits: torch.Tensor, dropped: int) -> torch.Tensor:
     if dropped == 0:
         return x
     if dropped == LEVELS:

@@ -46,7 +46,7 @@ class RandomCalls(TorchFunctionMode):
                 return x
             if function in _OTHER_DROPOUTS:
                 self._refuse(function)
-            return self._noise.called(self._owner(), x, p)
+            return self._noise.dropout(self._owner(), x, p)
         if function is F.scaled_dot_product_attention and (keywords.get("dropout_p") or (arguments[4:5] or (0,))[0]):
             self._refuse(function)
         if function in _GENERATORS:
