@@ -87,7 +87,7 @@ def save(
     final = run_dir / "checkpoints" / f"step-{step:06d}"
     part = final.with_name(final.name + ".part")
     meta = {"step": step, "world_size": world.size, "zero_stage": engine.stage, "frozen": frozen, **state}
-    answered = Probe(probe.input_ids, engine.logits(probe)) if probe is not None else None
+    answered = Probe(probe.tensors["input_ids"], engine.logits(probe)) if probe is not None else None
     try:
         with _together(world, final):
             if world.is_main:

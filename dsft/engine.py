@@ -177,15 +177,15 @@ class Engine:
         """The current fp16 loss scale, or None."""
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
-    def train_step(self, batches: list[Batch], supervised: int, lr_multiplier: float) -> tuple[Tally, bool]:
+    def train_step(self, batches: list[Batch], weight: float, lr_multiplier: float) -> tuple[Tally, bool]:
         """One optimizer step.
 
-        The gradient is that of (sum of losses over all ranks and micro-batches) / `supervised`: DeepSpeed averages
+        The gradient is that of (sum of losses over all ranks and micro-batches) / `weight`: DeepSpeed averages
         over ranks, so each summed loss is multiplied by the number of ranks, and nothing else is averaged.
 
         Args:
             batches: This rank's micro-batches; as many as `gradient_accumulation_steps`.
-            supervised: Supervised tokens of the whole global step.
+            weight: Sum of the weights of all examples of the global step.
             lr_multiplier: Factor on every group's peak learning rate.
 
         Returns:
@@ -194,12 +194,12 @@ class Engine:
         self._engine.train()
         apply(self._optimizer.param_groups, lr_multiplier)
         tally = Tally()
-        weight = self._unapplied_scale() * self.world.size / supervised
+        factor = self._unapplied_scale() * self.world.size / weight
         for batch in batches:
             with self._forwards:
                 loss, part = self._engine(batch.to(self.world.device))
             tally.add(part)
-            self._engine.backward((loss * weight).float(), scale_wrt_gas=False)
+            self._engine.backward((loss * factor).float(), scale_wrt_gas=False)
             if batch is batches[-1]:
                 applied = self._update()
             else:

@@ -149,9 +149,9 @@ def _own_settings(model) -> Iterator[PreTrainedModel]:
 
 def split_prompt(example: Example) -> tuple[np.ndarray, np.ndarray]:
     """Token ids before the first supervised token, and those of its run; plain text is split in the middle."""
-    begin = int(example.supervised.argmax())
+    begin = int(example.columns["supervised"].argmax())
     if begin <= 1:
         begin = max(1, len(example.ids) // 2)
-    unsupervised = np.flatnonzero(~example.supervised[begin:])
+    unsupervised = np.flatnonzero(~example.columns["supervised"][begin:])
     end = begin + int(unsupervised[0]) if len(unsupervised) else len(example.ids)
     return example.ids[:begin], example.ids[begin:end]

@@ -180,7 +180,7 @@ class Loop:
         step = next(steps)
         loading = time.perf_counter() - begun
         multiplier = self.schedule.multiplier
-        tally, applied = self.engine.train_step(step.batches, step.supervised, multiplier)
+        tally, applied = self.engine.train_step(step.batches, step.weight, multiplier)
         self.schedule.step(applied, self.loader.epochs)
         own_seconds = loading + self.engine.forward_seconds()
         self._interval.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
@@ -263,7 +263,7 @@ class Loop:
         counters = self.counters
         counters.step += 1
         counters.tokens += step.tokens
-        counters.supervised_tokens += step.supervised
+        counters.supervised_tokens += int(step.weight)
         counters.skipped_steps += not applied
         counters.skipped_in_row = 0 if applied else counters.skipped_in_row + 1
 

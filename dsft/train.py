@@ -210,7 +210,7 @@ def _check_lengths(config: Config, place: Place, plan: Plan) -> None:
     )
     length = effect.Length(
         held_out=len(validation or []),
-        all_supervised=bool((plan.train_set.supervised_counts == lengths - 1).all()),
+        all_supervised=bool((plan.train_set.weights == lengths - 1).all()),
         total_steps=plan.total_steps,
         steps_to_decay=plan.planner.total_steps(effect.decays_every(config), plan.total_steps),
     )
@@ -268,7 +268,7 @@ def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_d
     loader = Loader(
         data,
         data.lengths,
-        data.supervised_counts,
+        data.weights,
         plan.planner,
         world.rank,
         world.size,
@@ -423,10 +423,11 @@ def _probe(data: dataset.TokenDataset, words: vocabulary.Vocabulary, engine: Eng
     searched = range(min(len(data), PROBE_SEARCH)) if words.pieces else ()
     number = next((n for n in searched if (data[n].ids >= words.first).any()), 0)
     example = data[number]
-    shown = example.ids >= words.first if words.pieces else example.supervised
-    begin = max(0, int((shown if shown.any() else example.supervised).argmax()) - tokens // 4)
+    shown = example.ids >= words.first if words.pieces else example.columns["supervised"]
+    begin = max(0, int((shown if shown.any() else example.columns["supervised"]).argmax()) - tokens // 4)
     part = slice(begin, begin + tokens)
-    return collate([Example(example.ids[part], example.supervised[part])])
+    columns = {name: column[part] for name, column in example.columns.items()}
+    return collate([Example(columns, tokens=len(columns["ids"]), weight=1.0)])
 
 
 def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, audit: dict[str, Any]) -> None:
@@ -530,7 +531,7 @@ def _plain(value: Any) -> Any:
 def _export(plan: Plan, the_loop: loop.Loop) -> None:
     """Write `model/` from the weights as they stand, reload it, and compare logits with the training model's."""
     engine, world, directory = the_loop.engine, the_loop.world, the_loop.run_dir / "model"
-    probe = Probe(the_loop.probe.input_ids, engine.logits(the_loop.probe))
+    probe = Probe(the_loop.probe.tensors["input_ids"], engine.logits(the_loop.probe))
     with engine.inference() as module:
         report = export.write_model(
             module.model,

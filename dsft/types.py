@@ -35,56 +35,74 @@ class Conversation:
 
 @dataclass
 class Example:
-    """One tokenised record.
+    """What a task made of a record, or of a part of one.
 
     Attributes:
-        ids: Token ids, int32, shape (tokens,).
-        supervised: True where the token is a target, bool, shape (tokens,). Position 0 is never a target: nothing
-            comes before it to predict it from.
+        columns: Name -> array, kept in the cache as they are. `ids` are its token ids, int32, shape (tokens,); further
+            ones are the task's own, such as `supervised`, bool, shape (tokens,).
+        tokens: Tokens that it takes in a row.
+        weight: What it adds to the number that the loss of a global step is divided by: its supervised tokens, or 1
+            for a label. It is known from the cache, so that no rank has to ask another.
+        record: Which record of its data set it was made of.
         truncated: Whether tokens were cut off to fit `data.max_length`.
         number: Which example of its data set it is; noise is drawn by it.
     """
 
-    ids: np.ndarray
-    supervised: np.ndarray
+    columns: dict[str, np.ndarray]
+    tokens: int
+    weight: float
+    record: int = 0
     truncated: bool = False
     number: int = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Its token ids, int32, shape (tokens,)."""
+        return self.columns["ids"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that makes no example, and the reason, which is counted."""
+
+    reason: str
 
 
 @dataclass
 class Batch:
-    """A flat, padding-free micro-batch: documents laid end to end, never padded.
+    """A micro-batch as the device gets it, in one of two layouts.
+
+    Flat: documents end to end in one row, tensors of shape (1, tokens), nothing padded. Padded: a document a row,
+    tensors of shape (documents, width), filled up on the right, `attention_mask` among them.
 
     Attributes:
-        input_ids: int64, shape (1, tokens).
-        labels: int64, shape (1, tokens); already shifted, so `labels[0, t]` is the target of the logits at `t`, and
-            IGNORE_INDEX where there is none. A document's last position never has a target.
-        position_ids: int64, shape (1, tokens); restart at 0 with every document.
-        lengths: Tokens of each document in order; on the host, so that no attention has to ask the device for it.
-        supervised: How many labels are not IGNORE_INDEX.
-        examples: How many examples of the data set the batch holds; 0 for a filler batch.
+        tensors: Name -> tensor. `input_ids` int64; `position_ids` int64, flat only, restarting with every document;
+            further ones are the task's own. Whatever has to be known before the device can work is found out on the
+            host and lies here, so that nothing has to ask the device.
+        lengths: Tokens of each document, in order.
+        weight: Sum of its examples' weights.
+        examples: How many examples of the data set it holds; 0 for a filler batch.
         numbers: Which example of the data set each document is.
         step: Epoch, and number of the optimizer step in it, that the batch belongs to.
+        padded: Whether its layout is the padded one.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
+    tensors: dict[str, torch.Tensor]
     lengths: list[int]
-    supervised: int
+    weight: float
     examples: int
     numbers: list[int]
     step: tuple[int, int] = (0, 0)
+    padded: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of real examples (a filler batch has none)."""
-        return self.input_ids.shape[1] if self.examples else 0
+        return sum(self.lengths) if self.examples else 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = {k: getattr(self, k).to(device, non_blocking=True) for k in ("input_ids", "labels", "position_ids")}
-        return replace(self, **move)
+        return replace(self, tensors={k: t.to(device, non_blocking=True) for k, t in self.tensors.items()})
 
 
 @dataclass(frozen=True)

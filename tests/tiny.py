@@ -166,6 +166,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def example(ids: np.ndarray, supervised: np.ndarray, **more) -> Example:
+    """An example of these ids, whose weight is its supervised tokens."""
+    return Example({"ids": ids, "supervised": supervised}, len(ids), float(supervised.sum()), **more)
+
+
 def examples(count: int, seed: int = 0, shortest: int = 4, longest: int = 40, vocabulary: int = 400) -> list[Example]:
     """Random token ids with uneven supervision; every example has at least one target."""
     random = np.random.default_rng(seed)
@@ -174,5 +179,5 @@ def examples(count: int, seed: int = 0, shortest: int = 4, longest: int = 40, vo
         ids = random.integers(3, vocabulary, int(random.integers(shortest, longest + 1))).astype(np.int32)
         supervised = random.random(len(ids)) < random.uniform(0.05, 0.9)
         supervised[0], supervised[-1] = False, True
-        made.append(Example(ids, supervised))
+        made.append(example(ids, supervised))
     return made

@@ -37,7 +37,7 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
         dataset: The split.
         held_out: Records that were kept, but for the other split.
     """
-    tokens, supervised = int(dataset.lengths.sum()), int(dataset.supervised_counts.sum())
+    tokens, supervised = int(dataset.lengths.sum()), int(dataset.weights.sum())
     # "lower" takes lengths that occur, so that no half tokens are shown
     lengths = np.percentile(dataset.lengths, list(PERCENTILES.values()), method="lower")
     return {
@@ -61,7 +61,7 @@ def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
     Tokens are decoded together, so that a character that several tokens share comes out whole.
     """
     spans, end, shown = [], 0, ""
-    for supervised, run in groupby(example.supervised.tolist()):
+    for supervised, run in groupby(example.columns["supervised"].tolist()):
         end += len(list(run))
         text = tokenizer.decode(example.ids[:end].tolist(), clean_up_tokenization_spaces=False)
         spans.append((text[len(shown) :], supervised))

@@ -18,20 +18,25 @@ def collate(examples: list[Example], step: tuple[int, int] = (0, 0)) -> Batch:
     """
     if not examples:
         one = torch.zeros(1, 1, dtype=torch.int64)
-        return Batch(one, torch.full_like(one, IGNORE_INDEX), one, lengths=[1], supervised=0, examples=0, numbers=[0])
+        tensors = {"input_ids": one, "labels": torch.full_like(one, IGNORE_INDEX), "position_ids": one}
+        return Batch(tensors, lengths=[1], weight=0.0, examples=0, numbers=[0])
     ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
     labels = np.full_like(ids, IGNORE_INDEX)
     positions = np.empty_like(ids)
     begin = 0
     for example in examples:
         end = begin + len(example.ids)
-        labels[begin : end - 1] = np.where(example.supervised[1:], example.ids[1:], IGNORE_INDEX)
+        labels[begin : end - 1] = np.where(example.columns["supervised"][1:], example.ids[1:], IGNORE_INDEX)
         positions[begin:end] = np.arange(end - begin)
         begin = end
     return Batch(
-        *(torch.from_numpy(array)[None] for array in (ids, labels, positions)),
+        {
+            "input_ids": torch.from_numpy(ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+        },
         lengths=[len(e.ids) for e in examples],
-        supervised=int((labels != IGNORE_INDEX).sum()),
+        weight=float(sum(e.weight for e in examples)),
         examples=len(examples),
         numbers=[e.number for e in examples],
         step=step,

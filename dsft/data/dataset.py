@@ -47,7 +47,7 @@ ARRAYS = {
     "ids": np.int32,  # all examples end to end
     "supervised": np.bool_,  # one per id
     "offsets": np.int64,  # where each example begins in `ids`, and the end of the last
-    "supervised_counts": np.int32,  # one per example
+    "weights": np.float64,  # one per example
     "truncated": np.bool_,  # one per example
 }
 """Files of an entry, each `NAME.npy`."""
@@ -69,7 +69,7 @@ class TokenDataset:
 
     def __post_init__(self) -> None:
         self.lengths = np.diff(self.arrays["offsets"])[self.selection].astype(np.int32)
-        self.supervised_counts = np.asarray(self.arrays["supervised_counts"])[self.selection]
+        self.weights = np.asarray(self.arrays["weights"])[self.selection]
         self.truncated = np.asarray(self.arrays["truncated"])[self.selection]
 
     def __len__(self) -> int:
@@ -79,7 +79,14 @@ class TokenDataset:
         place = self.selection[number]
         start, end = self.arrays["offsets"][place : place + 2]
         ids, supervised = self.arrays["ids"][start:end], self.arrays["supervised"][start:end]
-        return Example(ids, supervised, bool(self.truncated[number]), number)
+        return Example(
+            {"ids": ids, "supervised": supervised},
+            tokens=len(ids),
+            weight=float(self.weights[number]),
+            record=int(place),
+            truncated=bool(self.truncated[number]),
+            number=number,
+        )
 
 
 def prepare(
@@ -207,9 +214,9 @@ def _build(
     lengths = [len(example.ids) for example in examples]
     content = {
         "ids": np.concatenate([example.ids for example in examples]),
-        "supervised": np.concatenate([example.supervised for example in examples]),
+        "supervised": np.concatenate([example.columns["supervised"] for example in examples]),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]),
-        "supervised_counts": [example.supervised.sum() for example in examples],
+        "weights": [example.weight for example in examples],
         "truncated": [example.truncated for example in examples],
     }
     building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
@@ -322,9 +329,9 @@ def _outcome(
         example = render.render(shapes.to_conversation(record.fields, record.origin), tokenizer, train_on)
     except BadRecord as bad:
         return bad
-    if not example.supervised.any():
+    if not example.weight:
         return audit.UNSUPERVISED
     fitting = render.fit(example, max_length, on_overflow, record.origin)
     if fitting is None:
         return audit.TOO_LONG
-    return fitting if fitting.supervised.any() else audit.CUT_OFF
+    return fitting if fitting.weight else audit.CUT_OFF

@@ -21,26 +21,26 @@ class Step:
     Attributes:
         batches: This rank's micro-batches, one per accumulation step.
         tokens: Tokens over all ranks.
-        supervised: Supervised tokens over all ranks: what the loss is divided by.
+        weight: Sum of weights over all ranks: what the loss is divided by.
         epoch: Epoch the step belongs to.
     """
 
     batches: list[Batch]
     tokens: int
-    supervised: int
+    weight: float
     epoch: int
 
 
 class Loader:
     """Hands out optimizer steps in order.
 
-    Every rank holds the same plan and the same token counts, so the number of supervised tokens of a whole global
-    step is known to each of them without any communication.
+    Every rank holds the same plan and the same weights, so the weight of a whole global step is
+    known to each of them without any communication.
 
     Args:
         dataset: Examples by number.
         lengths: Tokens of each example.
-        supervised_counts: Supervised tokens of each example.
+        weights: Weight of each example.
         planner: The order.
         rank: This rank.
         world_size: How many ranks share a step.
@@ -52,7 +52,7 @@ class Loader:
         self,
         dataset: Sequence[Example],
         lengths: np.ndarray,
-        supervised_counts: np.ndarray,
+        weights: np.ndarray,
         planner: Planner,
         rank: int,
         world_size: int,
@@ -61,7 +61,7 @@ class Loader:
     ):
         self._dataset = dataset
         self._lengths = lengths
-        self._supervised = supervised_counts
+        self._weights = weights
         self._planner = planner
         self._rank = rank
         self._world_size = world_size
@@ -119,7 +119,7 @@ class Loader:
                 collate([self._dataset[int(i)] for row in bin_ for i in rows[row]], (epoch, step)) for bin_ in mine
             ],
             tokens=sum(loads),
-            supervised=int(self._supervised[everything].sum()),
+            weight=float(self._weights[everything].sum()),
             epoch=epoch,
         )
 

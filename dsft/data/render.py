@@ -7,6 +7,7 @@ the model sees at inference, and no piece is ever tokenised out of its context.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -74,7 +75,7 @@ def fit(example: Example, max_length: int, on_overflow: OnOverflow, origin: str 
         )
     if on_overflow is OnOverflow.drop:
         return None
-    return Example(example.ids[:max_length], example.supervised[:max_length], truncated=True)
+    return replace(_example(example.ids[:max_length], example.columns["supervised"][:max_length]), truncated=True)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -106,9 +107,10 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> Example:
     return _example(ids, np.ones(len(ids), dtype=bool))
 
 
-def _example(ids: list[int], supervised: np.ndarray) -> Example:
+def _example(ids: list[int] | np.ndarray, supervised: np.ndarray) -> Example:
     supervised[:1] = False
-    return Example(np.asarray(ids, dtype=np.int32), supervised)
+    columns = {"ids": np.asarray(ids, dtype=np.int32), "supervised": supervised}
+    return Example(columns, tokens=len(ids), weight=float(supervised.sum()))
 
 
 def _supervised_text(

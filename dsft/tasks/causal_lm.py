@@ -89,19 +89,19 @@ class CausalLM(nn.Module):
                 the split of the work.
         """
         if not self._checked:
-            self._check(batch.input_ids.device)
+            self._check(batch.tensors["input_ids"].device)
         if self.training:
-            self.noise.begin(batch.step, batch.lengths, batch.numbers, batch.input_ids.device)
-        at = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+            self.noise.begin(batch.step, batch.lengths, batch.numbers, batch.tensors["input_ids"].device)
+        at = (batch.tensors["labels"][0] != IGNORE_INDEX).nonzero()[:, 0]
         # a batch without targets still goes all the way, so that ranks under ZeRO stay in step: one position that
         # then counts for nothing
-        weight = 1.0 if batch.supervised else 0.0
-        at = at if batch.supervised else torch.zeros(1, dtype=torch.int64, device=at.device)
-        targets = batch.labels[0, at].clamp(min=0)
+        weight = 1.0 if batch.weight else 0.0
+        at = at if batch.weight else torch.zeros(1, dtype=torch.int64, device=at.device)
+        targets = batch.tensors["labels"][0, at].clamp(min=0)
         with self.noise.drawing() if self.training else nullcontext():
             nll, correct = self._nll(batch, at, targets)
         loss = nll * weight
-        count = torch.tensor(float(batch.supervised), dtype=torch.float64, device=loss.device)
+        count = torch.tensor(float(batch.weight), dtype=torch.float64, device=loss.device)
         return loss, Tally({"nll": loss.detach(), "correct": correct * weight, "supervised": count})
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -116,8 +116,8 @@ class CausalLM(nn.Module):
         return head(self._hidden(inputs)[at], targets, self._chunk)
 
     def _row(self, batch: Batch) -> dict:
-        documents = self._documents(batch.lengths, batch.input_ids.device)
-        return _inputs(batch.input_ids, batch.position_ids, documents)
+        documents = self._documents(batch.lengths, batch.tensors["input_ids"].device)
+        return _inputs(batch.tensors["input_ids"], batch.tensors["position_ids"], documents)
 
     def _hidden(self, inputs: dict) -> torch.Tensor:
         """What the head is given at every position, shape (tokens, hidden size)."""

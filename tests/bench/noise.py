@@ -35,6 +35,11 @@ SHAPE = {
 }
 
 
+def example(ids: np.ndarray, supervised: np.ndarray, number: int = 0) -> Example:
+    """An example of these ids."""
+    return Example({"ids": ids, "supervised": supervised}, len(ids), float(supervised.sum()), number=number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -74,7 +79,7 @@ def row(tokens: int):
     while sum(len(e.ids) for e in examples) < tokens:
         ids = random.integers(0, SHAPE["vocab_size"], int(random.integers(100, 301))).astype(np.int32)
         supervised = np.arange(len(ids)) > len(ids) // 2
-        examples.append(Example(ids, supervised, number=len(examples)))
+        examples.append(example(ids, supervised, len(examples)))
     return collate(examples)
 
 
@@ -91,7 +96,7 @@ def task(
     noise = Noise(model, 0, alpha)
     kernel = attention.choose_kernel(Attention.auto, device, dtype, dropout=attention_rate > 0)
     documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
-    tokens = probe_tokens([Example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
+    tokens = probe_tokens([example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
     return CausalLM(model, documents, 1024, noise, tokens).train()
 
 

@@ -39,7 +39,7 @@ class Examples(list):
     def __init__(self, examples):
         super().__init__(replace(example, number=number) for number, example in enumerate(examples))
         self.lengths = np.array([len(e.ids) for e in examples], dtype=np.int32)
-        self.supervised_counts = np.array([e.supervised.sum() for e in examples], dtype=np.int32)
+        self.weights = np.array([e.columns["supervised"].sum() for e in examples], dtype=np.int32)
 
 
 def planner(examples: Examples, packing: str, global_batch_size: int) -> Planner:
@@ -125,7 +125,7 @@ def loader(world, examples: Examples, packing: str, micro_batch_size: int, accum
     return Loader(
         examples,
         examples.lengths,
-        examples.supervised_counts,
+        examples.weights,
         plan,
         world.rank,
         world.size,
@@ -153,9 +153,9 @@ def train(
         source = iter(loader(world, data, packing, micro_batch_size, accumulation))
         for number in range(steps):
             step = next(source)
-            tally, done = made.train_step(step.batches, step.supervised, SCHEDULE[number % len(SCHEDULE)])
+            tally, done = made.train_step(step.batches, step.weight, SCHEDULE[number % len(SCHEDULE)])
             sums = np.array(world.gather([float(tally.sums["nll"]), float(tally.sums["supervised"])])).sum(0)
-            assert sums[1] == step.supervised, "tokens counted in the plan and by the task differ"
+            assert sums[1] == step.weight, "tokens counted in the plan and by the task differ"
             losses.append(sums[0] / sums[1])
             norms.append(made.grad_norm)
             applied.append(done)
@@ -192,7 +192,7 @@ def norm(world, *, elements: int, stage: str, precision: str, max_grad_norm: flo
     right = float(module.numbers.double().square().sum().sqrt()) * world.size
     made = Engine(module, ds, optim, world)
     try:
-        made.train_step([collate([])], supervised=1, lr_multiplier=1.0)
+        made.train_step([collate([])], weight=1, lr_multiplier=1.0)
         with made.gathered([made.module.weight]):
             moved = float(made.module.weight.detach().double().square().sum().sqrt())
         return {"found": made.grad_norm, "right": right, "moved": moved}
@@ -226,7 +226,7 @@ def save(
         rows = []
         for number in range(first, first + steps):
             step = next(source)
-            tally, _ = made.train_step(step.batches, step.supervised, SCHEDULE[number])
+            tally, _ = made.train_step(step.batches, step.weight, SCHEDULE[number])
             rows.append((float(tally.sums["nll"]), made.grad_norm))
         return rows
 
@@ -258,9 +258,8 @@ class Keep:
 
 
 def _prompts(prompts: list[list[int]]) -> Examples:
-    from dsft.types import Example
 
-    return Examples([Example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
+    return Examples([tiny.example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
 
 
 def generate(
@@ -300,7 +299,7 @@ def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **
             return f"{type(error).__name__}: {error}"
         hook.remove()
         step = next(iter(loader(world, data, "none", 4, 1)))
-        tally, _ = made.train_step(step.batches, step.supervised, 1.0)
+        tally, _ = made.train_step(step.batches, step.weight, 1.0)
         return [sample["answer"] for sample in answers], problems, float(tally.sums["nll"])
 
 
@@ -323,7 +322,7 @@ def nan_step(world, *, model_dir: str, **options) -> tuple[float, float, bool, f
     with engine(world, model_dir, micro_batch_size=4, **options) as made:
         step = next(iter(loader(world, data, "none", 4, 1)))
         before = sum(float(w.double().abs().sum()) for w in weights(made).values())
-        supervised = float("nan") if world.rank == world.size - 1 else step.supervised
+        supervised = float("nan") if world.rank == world.size - 1 else step.weight
         _, applied = made.train_step(step.batches, supervised, 1.0)
         after = sum(float(w.double().abs().sum()) for w in weights(made).values())
         return before, after, applied, made.grad_norm
@@ -356,7 +355,7 @@ def slow_rank(world, *, model_dir: str, **options) -> float:
         if world.rank == world.size - 1:
             made.module.register_forward_pre_hook(lambda *_: time.sleep(0.5))
         step = next(iter(loader(world, data, "none", 4, 1)))
-        made.train_step(step.batches, step.supervised, 1.0)
+        made.train_step(step.batches, step.weight, 1.0)
         return made.forward_seconds()
 
 

@@ -55,7 +55,11 @@ def ids_of(example) -> torch.Tensor:
 @torch.no_grad()
 def in_a_row(model, examples) -> torch.Tensor:
     batch = collate(examples)
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = {
+        "input_ids": batch.tensors["input_ids"],
+        "position_ids": batch.tensors["position_ids"],
+        "use_cache": False,
+    }
     return model(**inputs, documents=DOCUMENTS(batch.lengths, CPU)).logits[0]
 
 
@@ -98,8 +102,12 @@ def test_an_examples_logits_do_not_change_with_its_neighbours(name):
 def test_gradients_stay_within_a_document_too():
     model = tiny.causal("llama", attention.NAME)
     batch = collate(EXAMPLES[:3])
-    embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
-    rest = {"position_ids": batch.position_ids, "use_cache": False, "documents": DOCUMENTS(batch.lengths, CPU)}
+    embedded = model.get_input_embeddings()(batch.tensors["input_ids"]).detach().requires_grad_()
+    rest = {
+        "position_ids": batch.tensors["position_ids"],
+        "use_cache": False,
+        "documents": DOCUMENTS(batch.lengths, CPU),
+    }
     logits = model(inputs_embeds=embedded, **rest).logits[0]
     begin, end = batch.lengths[0], batch.lengths[0] + batch.lengths[1]
     logits[begin:end].square().sum().backward()

@@ -11,7 +11,6 @@ from rich.console import Console
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow
 from dsft.data import audit
 from dsft.data.dataset import prepare
-from dsft.types import Example
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_the_counts_add_up(prepared):
     assert part["records_read"] == 24 == part["records_kept"] + part["records_held_out"] + sum(dropped.values())
     assert (part["records_kept"], part["records_held_out"], part["records_truncated"]) == (len(train), 1, 0)
     assert part["tokens"] == sum(len(train[i].ids) for i in range(len(train)))
-    assert part["supervised_tokens"] == sum(int(train[i].supervised.sum()) for i in range(len(train)))
+    assert part["supervised_tokens"] == sum(int(train[i].columns["supervised"].sum()) for i in range(len(train)))
     assert part["supervised_share"] == part["supervised_tokens"] / part["tokens"]
     assert [bad["origin"].split(":")[-1] for bad in part["bad_records"]] == ["23", "24"]
     held_out = report["validation"]
@@ -80,7 +79,8 @@ def test_spans_make_up_the_whole_text(tokenizer):
     ids = np.asarray(tokenizer("  月 光 moon light ")["input_ids"], dtype=np.int32)
     supervised = np.arange(len(ids)) >= 6
     assert (
-        "".join(text for text, _ in audit.example_spans(Example(ids, supervised), tokenizer)) == "  月 光 moon light "
+        "".join(text for text, _ in audit.example_spans(tiny.example(ids, supervised), tokenizer))
+        == "  月 光 moon light "
     )
 
 

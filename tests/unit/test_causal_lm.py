@@ -15,7 +15,7 @@ from dsft.tasks.causal_lm import probe_tokens
 from dsft.types import IGNORE_INDEX, Example
 
 EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
-SUPERVISED = sum(int(e.supervised.sum()) for e in EXAMPLES)
+SUPERVISED = sum(int(e.columns["supervised"].sum()) for e in EXAMPLES)
 
 
 def lora(model, **changes):
@@ -25,10 +25,10 @@ def lora(model, **changes):
 def plain(model, example: Example):
     """Transformers' own loss of one example alone, as a sum, and how often its first guess is right."""
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-    labels = torch.where(torch.from_numpy(example.supervised)[None], ids, IGNORE_INDEX)
+    labels = torch.where(torch.from_numpy(example.columns["supervised"])[None], ids, IGNORE_INDEX)
     output = model(input_ids=ids, labels=labels, use_cache=False)
-    hits = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]) & torch.from_numpy(example.supervised[1:])
-    return output.loss * int(example.supervised.sum()), int(hits.sum())
+    hits = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]) & torch.from_numpy(example.columns["supervised"][1:])
+    return output.loss * int(example.columns["supervised"].sum()), int(hits.sum())
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_the_head_stands_once_in_the_module_tree():
 def test_a_batch_without_targets_weighs_nothing_and_still_goes_all_the_way(family):
     """trl#6668: NaN, or a loss of 0.0 that pretends to be one. Here it is a filler beside ranks that do train."""
     model = tiny.causal(family, attention.NAME)
-    masked = [Example(e.ids, np.zeros_like(e.supervised)) for e in EXAMPLES]
+    masked = [tiny.example(e.ids, np.zeros_like(e.columns["supervised"])) for e in EXAMPLES]
     for batch in (collate([]), collate(masked)):
         loss, tally = task(model)(batch)
         assert {name: float(value) for name, value in tally.sums.items()} == {"nll": 0, "correct": 0, "supervised": 0}
@@ -116,7 +116,7 @@ def test_logits_are_those_of_every_position():
         logits = task(model).logits(batch)
         loss, _ = task(model)(batch)
     assert logits.shape == (batch.tokens, 100)
-    nll = F.cross_entropy(logits, batch.labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
+    nll = F.cross_entropy(logits, batch.tensors["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum")
     torch.testing.assert_close(float(loss), float(nll), rtol=1e-5, atol=0)
 
 
@@ -232,5 +232,5 @@ def test_masked_logits_do_not_hide_a_leak(mask, monkeypatch):
 
 def test_documents_of_the_probe_differ_whatever_the_data():
     for ids in ([0, 0], [7] * 50, [5, 6], [4, 4, 9]):
-        first, other, _ = probe_tokens([Example(np.array(ids, np.int32), np.ones(len(ids), bool))])
+        first, other, _ = probe_tokens([tiny.example(np.array(ids, np.int32), np.ones(len(ids), bool))])
         assert (first != other).all()

@@ -58,10 +58,10 @@ def test_the_examples_are_those_that_rendering_gives(data):
         for number in range(40):
             expected = render.render(to_conversation(record(number), ""), TOKENIZER, TrainOn.assistant)
             assert part[number].ids.tolist() == expected.ids.tolist()
-            assert part[number].supervised.tolist() == expected.supervised.tolist()
+            assert part[number].columns["supervised"].tolist() == expected.columns["supervised"].tolist()
             assert part.lengths[number] == len(expected.ids)
-            assert part.supervised_counts[number] == expected.supervised.sum()
-    assert (train.lengths.dtype, train.supervised_counts.dtype, train[0].ids.dtype) == (np.int32, np.int32, np.int32)
+            assert part.weights[number] == expected.columns["supervised"].sum()
+    assert (train.lengths.dtype, train.weights.dtype, train[0].ids.dtype) == (np.int32, np.float64, np.int32)
 
 
 def test_every_record_is_either_trained_on_or_held_out(data):
@@ -249,7 +249,7 @@ def test_records_that_do_not_fit_are_cut_dropped_or_refused(tmp_path, data):
     data = replace(data, train=write(tmp_path / "long.jsonl", rows), validation_share=0, max_length=64)
     train, _, report = prepare(data, TOKENIZER, "t", seed=0)
     assert train.lengths.tolist()[1:] == [64]
-    assert TOKENIZER.decode(train[1].ids[train[1].supervised].tolist()) == "a" * train.supervised_counts[1]
+    assert TOKENIZER.decode(train[1].ids[train[1].columns["supervised"]].tolist()) == "a" * int(train.weights[1])
     assert (train[0].truncated, train[1].truncated) == (False, True)
     assert report["train"]["records_truncated"] == 1
     assert report["train"]["records_dropped"] == {audit.CUT_OFF: 1}

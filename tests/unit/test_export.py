@@ -313,7 +313,7 @@ class Engine:
 
     def logits(self, batch):
         with torch.no_grad():
-            return self.model.eval()(input_ids=batch.input_ids).logits.float()
+            return self.model.eval()(input_ids=batch.tensors["input_ids"]).logits.float()
 
 
 WORLD = SimpleNamespace(rank=0, size=1, is_main=True, gather_objects=lambda value: [value], all_succeed=lambda _: None)

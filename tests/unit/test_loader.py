@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import tiny
 
 from dsft.config.schema import Packing
 from dsft.data.loader import Loader, Step, evaluation_batches
@@ -25,13 +26,13 @@ def data(count: int = 62) -> list[Example]:
         length = int(random.integers(2, 33))
         supervised = random.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        made.append(Example(np.full(length, number, dtype=np.int32), supervised))
+        made.append(tiny.example(np.full(length, number, dtype=np.int32), supervised))
     return made
 
 
 DATA = data()
 LENGTHS = np.array([len(e.ids) for e in DATA])
-SUPERVISED = np.array([e.supervised.sum() for e in DATA])
+SUPERVISED = np.array([e.columns["supervised"].sum() for e in DATA])
 
 
 def loader(rank=0, ranks=1, accumulation=1, packing=Packing.bfd, global_batch=GLOBAL_BATCH) -> Loader:
@@ -42,7 +43,7 @@ def loader(rank=0, ranks=1, accumulation=1, packing=Packing.bfd, global_batch=GL
 
 def examples_of(step: Step) -> list[int]:
     """Numbers of the examples in a rank's micro-batches."""
-    documents = [d for b in step.batches if b.examples for d in b.input_ids[0].split(b.lengths)]
+    documents = [d for b in step.batches if b.examples for d in b.tensors["input_ids"][0].split(b.lengths)]
     assert all(len(set(document.tolist())) == 1 for document in documents)
     return [int(document[0]) for document in documents]
 
@@ -71,7 +72,7 @@ def test_an_epoch_holds_every_example_once_and_its_counts_are_true(ranks, accumu
     for shares in steps:
         assert all(len(step.batches) == accumulation for step in shares)
         # every rank knows the whole step's counts without asking the others
-        assert {step.supervised for step in shares} == {sum(b.supervised for s in shares for b in s.batches)}
+        assert {step.weight for step in shares} == {sum(b.weight for s in shares for b in s.batches)}
         assert {step.tokens for step in shares} == {sum(b.tokens for s in shares for b in s.batches)}
 
 
@@ -82,8 +83,8 @@ def test_the_ragged_last_step_counts_all_its_tokens_and_fillers_weigh_nothing():
     real = [b for b in batches if b.examples]
     assert (len(batches), len(real)) == (12, 2)
     assert sum(b.tokens for b in batches) == sum(LENGTHS[i] for step in last for i in examples_of(step))
-    assert all((b.supervised, b.tokens) == (0, 0) for b in batches if not b.examples)
-    assert last[0].supervised == sum(b.supervised for b in real)
+    assert all((b.weight, b.tokens) == (0, 0) for b in batches if not b.examples)
+    assert last[0].weight == sum(b.weight for b in real)
     assert [step.epoch for step in last] == [0] * 4
 
 

@@ -52,7 +52,7 @@ class Loader:
     def __iter__(self):
         while True:
             self.steps += 1
-            yield Step(batches=[], tokens=10, supervised=4, epoch=0)
+            yield Step(batches=[], tokens=10, weight=4, epoch=0)
 
     @property
     def epochs(self):

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,7 @@ from dsft.config.schema import OnOverflow, TrainOn
 from dsft.data.render import fit, render
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
-from dsft.types import Conversation, Example
+from dsft.types import Conversation
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 
@@ -87,9 +88,9 @@ def learnt(messages, template, train_on=TrainOn.assistant, tools=None, **kwargs)
     tokenizer = make_tokenizer(template, **kwargs)
     example = render(Conversation(messages=messages, tools=tools, origin="f.jsonl:1"), tokenizer, train_on)
     assert example.ids.dtype == np.int32
-    assert example.supervised.dtype == bool
-    assert not example.supervised[0]
-    starts = np.flatnonzero(np.diff(example.supervised.astype(int), prepend=0, append=0))
+    assert example.columns["supervised"].dtype == bool
+    assert not example.columns["supervised"][0]
+    starts = np.flatnonzero(np.diff(example.columns["supervised"].astype(int), prepend=0, append=0))
     return [tokenizer.decode(example.ids[a:b].tolist()) for a, b in zip(starts[::2], starts[1::2], strict=True)]
 
 
@@ -129,7 +130,7 @@ def test_last_assistant():
 def test_all_is_everything_but_the_first_token():
     tokenizer = make_tokenizer(CHATML)
     example = render(Conversation(messages=TWO_TURNS), tokenizer, TrainOn.all)
-    assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, LLAMA3, LLAMA2, TOOLS])
@@ -143,7 +144,7 @@ def test_the_mask_is_that_of_transformers_where_the_template_has_marks():
     tokenizer = make_tokenizer(MARKED)
     encoded = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
     example = render(Conversation(messages=TWO_TURNS), tokenizer, TrainOn.assistant)
-    assert example.supervised.astype(int).tolist() == encoded["assistant_masks"]
+    assert example.columns["supervised"].astype(int).tolist() == encoded["assistant_masks"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_text_is_learnt_whole_with_the_end_of_sequence():
     tokenizer = make_tokenizer(None)
     example = render(Conversation(text="床前明月光"), tokenizer, TrainOn.assistant)
     assert tokenizer.decode(example.ids.tolist()) == "床前明月光</s>"
-    assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
 
 
 def test_text_gets_the_beginning_that_the_tokenizer_adds_and_one_end():
@@ -257,14 +258,18 @@ def test_text_gets_the_beginning_that_the_tokenizer_adds_and_one_end():
     )
     example = render(Conversation(text="Hello"), tokenizer, TrainOn.all)
     assert tokenizer.decode(example.ids.tolist()) == "<s>Hello</s>"
-    assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
 
 
 def test_fit_cuts_the_end_drops_or_stops():
-    example = Example(np.arange(5, dtype=np.int32), np.array([False, False, True, False, True]))
+    example = tiny.example(np.arange(5, dtype=np.int32), np.array([False, False, True, False, True]))
     assert fit(example, 5, OnOverflow.error) is example
     cut = fit(example, 3, OnOverflow.truncate)
-    assert (cut.ids.tolist(), cut.supervised.tolist(), cut.truncated) == ([0, 1, 2], [False, False, True], True)
+    assert (cut.ids.tolist(), cut.columns["supervised"].tolist(), cut.truncated) == (
+        [0, 1, 2],
+        [False, False, True],
+        True,
+    )
     assert fit(example, 4, OnOverflow.drop) is None
     with pytest.raises(UserError, match=r"f\.jsonl:3: 5 tokens, but data\.max_length is 4"):
         fit(example, 4, OnOverflow.error, "f.jsonl:3")

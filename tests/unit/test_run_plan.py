@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from dsft import train
@@ -24,16 +25,16 @@ def engine(vocabulary: int):
 def example(ids, target: int) -> Example:
     supervised = np.zeros(len(ids), bool)
     supervised[target:] = True
-    return Example(np.array(ids, np.int32), supervised)
+    return tiny.example(np.array(ids, np.int32), supervised)
 
 
 def test_the_probe_shows_a_new_token_where_the_data_hold_one():
     """Else the export's check would not see whether its input row was written."""
     plain, new = example(range(90), 70), example([*range(60), 103, *range(30)], 2)
     words = Vocabulary(first=100, pieces=((1, 2),) * 4, texts=("a", "b", "c", "d"))
-    assert 70 in train._probe([plain, new], Vocabulary(100), engine(104)).input_ids
-    assert 103 in train._probe([plain, new], words, engine(104)).input_ids
-    assert 70 in train._probe([plain, plain], words, engine(104)).input_ids
+    assert 70 in train._probe([plain, new], Vocabulary(100), engine(104)).tensors["input_ids"]
+    assert 103 in train._probe([plain, new], words, engine(104)).tensors["input_ids"]
+    assert 70 in train._probe([plain, plain], words, engine(104)).tensors["input_ids"]
 
 
 @pytest.mark.parametrize("function", [torch.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.Tensor.norm])
