@@ -28,6 +28,7 @@ from dsft.config.zero import stage
 from dsft.data import audit as audits
 from dsft.data import dataset, render, sources
 from dsft.data.batch import collate
+from dsft.data.encode import encoder
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -179,9 +180,8 @@ def _plan(config: Config, place: Place) -> Plan:
     _warn(place, effect.enforce(config, idle, given))
     model = _plan_model(config, precision, place, new_tokens)
     tokenizer = model["tokenizer"]
-    train_set, validation, audit = dataset.prepare(
-        config.data, tokenizer, models.tokenizer_fingerprint(tokenizer), config.train.seed
-    )
+    encode, recipe = encoder(config.data, tokenizer, models.tokenizer_fingerprint(tokenizer))
+    train_set, validation, audit = dataset.prepare(config.data, encode, recipe, config.train.seed)
     planner = Planner(
         train_set.lengths,
         config.data.packing,
@@ -190,7 +190,7 @@ def _plan(config: Config, place: Place) -> Plan:
         config.train.seed,
         sizes.global_batch_size,
     )
-    audit["packing"] = planner.describe()
+    audit |= {"example": audits.example_spans(train_set[0], tokenizer), "packing": planner.describe()}
     total_steps = planner.total_steps(_epochs(config), config.train.max_steps)
     data = {"train_set": train_set, "validation": validation, "audit": audit, "planner": planner}
     plan = Plan(sizes=sizes, precision=precision, ds=ds, total_steps=total_steps, **model, **data)
@@ -315,7 +315,7 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
             run_id = None if foreign else saved.get("wandb_id")
             tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, run_id, tracker.note))
         write_json(run_dir / "environment.json", environment)
-        audit = plan.audit | {"new_tokens": plan.words.audit(plan.train_set.arrays["ids"])}
+        audit = plan.audit | {"new_tokens": plan.words.audit(plan.train_set.entry.columns["ids"].data)}
         _describe_run(config, plan.ds, run_dir, tracker, audit)
         audits.show(audit, plan.train_set[0], plan.tokenizer, Console(stderr=True))
         tracker.note(_headline(the_loop.engine, plan, run_dir))

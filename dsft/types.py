@@ -63,9 +63,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A record that makes no example, and the reason, which is counted."""
+    """A record, or a part of one, that makes no example.
+
+    Attributes:
+        reason: Why; it is counted by it.
+        verdict: What to say of a data set that no example is left of; `{records}` (how many were read) and `{why}`
+            (counts of all reasons) are filled in.
+    """
 
     reason: str
+    verdict: str = ""
 
 
 @dataclass

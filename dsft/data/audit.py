@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from dsft.data.dataset import TokenDataset
 
 BAD = "malformed (data.on_bad_record=skip)"
-TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
-UNSUPERVISED = "no supervised tokens"
-CUT_OFF = "no supervised tokens left after truncation to data.max_length"
+
+SUPERVISED = "supervised"
+"""Name of the column, bool, shape (tokens,), by which a task says which tokens are learnt, if it does."""
 
 MAX_LISTED = 100
 """Bad records that are listed; all are counted."""
@@ -29,39 +29,63 @@ PERCENTILES = {"min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p
 
 
 def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: int) -> dict[str, Any]:
-    """One split's part of `audit.json`; `read = kept + held out + dropped`.
+    """One split's part of `audit.json`; `read = kept + held out + dropped`, all in records.
 
     Args:
         source: What was read.
-        report: `read` (records), `dropped` (reason -> records) and `bad` (origin and problem of the first of them).
+        report: `read` (records), `dropped` (reason -> records), `parts_dropped` (reason -> parts of kept records) and
+            `bad` (origin and problem of the first malformed records).
         dataset: The split.
         held_out: Records that were kept, but for the other split.
     """
-    tokens, supervised = int(dataset.lengths.sum()), int(dataset.weights.sum())
     # "lower" takes lengths that occur, so that no half tokens are shown
     lengths = np.percentile(dataset.lengths, list(PERCENTILES.values()), method="lower")
     return {
         "source": source,
         "records_read": report["read"],
-        "records_kept": len(dataset),
+        "records_kept": count_records(dataset),
         "records_held_out": held_out,
         "records_dropped": report["dropped"],
-        "records_truncated": int(dataset.truncated.sum()),
+        "records_truncated": int(begins(dataset.records[dataset.truncated]).sum()),
+        "examples": len(dataset),
+        "parts_dropped": report["parts_dropped"],
         "bad_records": [{"origin": origin, "problem": problem} for origin, problem in report["bad"]],
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_share": supervised / tokens,
+        "tokens": int(dataset.lengths.sum()),
+        **_supervision(dataset),
         "lengths": {name: int(length) for name, length in zip(PERCENTILES, lengths, strict=True)},
     }
 
 
-def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+def count_records(dataset: TokenDataset | None) -> int:
+    """How many records a split's examples were made of; 0 where there is no split."""
+    return int(begins(dataset.records).sum()) if dataset else 0
+
+
+def begins(records: np.ndarray) -> np.ndarray:
+    """Which examples are the first of their record; bool, from the never falling records of all."""
+    first = np.ones(len(records), dtype=np.bool_)
+    np.not_equal(records[1:], records[:-1], out=first[1:])
+    return first
+
+
+def _supervision(dataset: TokenDataset) -> dict[str, Any]:
+    """How many tokens are learnt, where a task says it of each."""
+    if SUPERVISED not in dataset.entry.columns:
+        return {}
+    supervised = int(dataset.weights.sum())
+    return {"supervised_tokens": supervised, "supervised_share": supervised / int(dataset.lengths.sum())}
+
+
+def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool | None]]:
     """The example as text, cut where supervision begins or ends: (text, supervised) in order.
 
-    Tokens are decoded together, so that a character that several tokens share comes out whole.
+    Tokens are decoded together, so that a character that several tokens share comes out whole. Without a column that
+    says which tokens are supervised it is one text, and None.
     """
+    if SUPERVISED not in example.columns:
+        return [(tokenizer.decode(example.ids.tolist(), clean_up_tokenization_spaces=False), None)]
     spans, end, shown = [], 0, ""
-    for supervised, run in groupby(example.columns["supervised"].tolist()):
+    for supervised, run in groupby(example.columns[SUPERVISED].tolist()):
         end += len(list(run))
         text = tokenizer.decode(example.ids[:end].tolist(), clean_up_tokenization_spaces=False)
         spans.append((text[len(shown) :], supervised))
@@ -92,31 +116,39 @@ def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizer
 
 
 def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Labels, and a cell for each split; what no split has, or what says nothing new, is left out."""
     reasons = sorted({reason for split in splits for reason in split["records_dropped"]})
     dropped = {f"dropped: {r}": [f"{split['records_dropped'].get(r, 0):,}" for split in splits] for r in reasons}
+    parts = sorted({reason for split in splits for reason in split["parts_dropped"]})
+    dropped |= {f"left out: {r}": [f"{split['parts_dropped'].get(r, 0):,}" for split in splits] for r in parts}
+    several = any(split["examples"] != split["records_kept"] for split in splits)
     counts = {
         label: [f"{split[key]:,}" for split in splits]
         for label, key in (
             ("records read", "records_read"),
             ("records kept", "records_kept"),
             ("held out for validation", "records_held_out"),
+            *([("examples of these", "examples")] if several else []),
             ("truncated", "records_truncated"),
             ("tokens", "tokens"),
             ("supervised tokens", "supervised_tokens"),
         )
+        if key in splits[0]
     }
+    supervised = [f"{split['supervised_share']:.1%}" for split in splits if "supervised_share" in split]
     rest = {
-        "supervised share": [f"{split['supervised_share']:.1%}" for split in splits],
+        **({"supervised share": supervised} if supervised else {}),
         f"length {', '.join(PERCENTILES)}": [" ".join(map(str, split["lengths"].values())) for split in splits],
     }
     return list({"source": [split["source"] for split in splits], **counts, **dropped, **rest}.items())
 
 
-def _coloured(spans: list[tuple[str, bool]], console: Console) -> Text:
+def _coloured(spans: list[tuple[str, bool | None]], console: Console) -> Text:
     text = Text()
     in_colour = console.color_system is not None and not console.no_color
     for piece, supervised in spans:
         marked = f"⟦{piece}⟧" if supervised and not in_colour else piece
         text.append(marked, style="bold green" if supervised and in_colour else "")
-    text.append("\nsupervised: " + ("green" if in_colour else "in ⟦ ⟧"), style="dim")
+    if any(supervised is not None for _, supervised in spans):
+        text.append("\nsupervised: " + ("green" if in_colour else "in ⟦ ⟧"), style="dim")
     return text

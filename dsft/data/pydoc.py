@@ -17,11 +17,13 @@ import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from dsft.data.sources import Raw
 from dsft.errors import UserError
+from dsft.runtime.files import describe, hash_file
 
 MIN_CHARACTERS = 40
 """Docstrings shorter than this teach nothing."""
@@ -68,14 +70,38 @@ def records(packages: list[str]) -> Iterator[Raw]:
                 yield _record(*doc)
 
 
-def fingerprint(packages: list[str]) -> str:
-    """A hash of everything that `records` reads; much faster than making the records."""
-    digest = xxhash.xxh3_128(sys.version.encode())
-    for root, paths in [_standard_library(), *map(_installed, packages)]:
-        for path in paths:
-            digest.update(f"{path.relative_to(root)}:{path.stat().st_size}:".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+class Documentation:
+    """All that `records` reads, in the same shape as a file source.
+
+    Args:
+        packages: As for `records`.
+
+    Raises:
+        UserError: A package is not installed, or has no Python source.
+    """
+
+    name = "pydoc"
+
+    def __init__(self, packages: list[str]) -> None:
+        self._packages = packages
+        self._places = [_standard_library(), *map(_installed, packages)]
+
+    def state(self) -> list[Any]:
+        """What tells its content from an earlier one without reading it."""
+        return [sys.version, *(describe(path) for _, paths in self._places for path in paths)]
+
+    def fingerprint(self) -> str:
+        """A hash of everything that is read; much faster than making the records."""
+        digest = xxhash.xxh3_128(sys.version.encode())
+        for root, paths in self._places:
+            for path in paths:
+                digest.update(f"{path.relative_to(root)}:{path.stat().st_size}:".encode())
+                hash_file(digest, path)
+        return digest.hexdigest()
+
+    def records(self) -> Iterator[Raw]:
+        """See `records`."""
+        return records(self._packages)
 
 
 def _standard_library() -> tuple[Path, list[Path]]:

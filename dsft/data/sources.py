@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import xxhash
 
 from dsft.errors import UserError
 from dsft.runtime.content import disguise
+from dsft.runtime.files import describe, hash_file
 
 Fields = dict[str, Any]
 
@@ -53,10 +55,8 @@ class BadRecord(UserError):
         return f"{self.origin}: {self.problem} (data.on_bad_record=skip leaves such records out and lists them)"
 
 
-def read(spec: str, split: str = "train") -> Iterator[Raw | BadRecord]:
-    """Records of a file, directory, glob or hub id, in a fixed order.
-
-    A record that cannot be read comes as the BadRecord that says why, so that those after it are still read.
+class Found:
+    """What a `spec` stands for, looked up once: its files, or the rows of a hub data set, which is loaded once at most.
 
     Args:
         spec: Path of a file with a suffix in READERS; a directory, searched recursively; a glob, in which `**` goes
@@ -64,27 +64,51 @@ def read(spec: str, split: str = "train") -> Iterator[Raw | BadRecord]:
         split: Split of a hub data set.
 
     Raises:
-        UserError: Nothing is there, the format is unknown, or a file as a whole cannot be read.
+        UserError: Nothing is there, or the format is unknown.
     """
-    paths = files(spec)
-    if paths is None:
-        yield from _rows(_hub(spec, split), f"{spec}[{split}]")
-    for path in paths or []:
-        yield from READERS[path.suffix.lower()](path)
 
+    def __init__(self, spec: str, split: str = "train") -> None:
+        self.name = spec
+        self._split = split
+        self._paths = files(spec)
 
-def fingerprint(spec: str, split: str = "train") -> str:
-    """A hash of the content that `read` would go through; renaming or moving files does not change it."""
-    paths = files(spec)
-    if paths is None:
-        return f"{spec}[{split}]{_hub(spec, split)._fingerprint}"
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        digest.update(f"{path.suffix.lower()}:{path.stat().st_size}:".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    @cached_property
+    def _rows(self) -> Any:
+        return _hub(self.name, self._split)
+
+    def state(self) -> list[Any]:
+        """What tells its content from an earlier one without reading it: names, sizes, times and inodes of files."""
+        return [self.name, self._split, *map(describe, self._paths or [])]
+
+    def fingerprint(self) -> str:
+        """A hash of the content; renaming or moving files does not change it.
+
+        Raises:
+            UserError: A file was written to meanwhile.
+        """
+        if self._paths is None:
+            return f"{self.name}[{self._split}]{self._rows._fingerprint}"
+        digest = xxhash.xxh3_128()
+        for path in self._paths:
+            before = describe(path)
+            digest.update(f"{path.suffix.lower()}:{path.stat().st_size}:".encode())
+            hash_file(digest, path)
+            if describe(path) != before:
+                raise UserError(f"{path} was written to while it was being read; start when it is whole")
+        return digest.hexdigest()
+
+    def records(self) -> Iterator[Raw | BadRecord]:
+        """Its records, in a fixed order.
+
+        A record that cannot be read comes as the BadRecord that says why, so that those after it are still read.
+
+        Raises:
+            UserError: A file as a whole cannot be read.
+        """
+        if self._paths is None:
+            yield from _rows(self._rows, f"{self.name}[{self._split}]")
+        for path in self._paths or []:
+            yield from READERS[path.suffix.lower()](path)
 
 
 def files(spec: str) -> list[Path] | None:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one step: a reader finds the old file or the new one, never a part.
@@ -59,3 +61,16 @@ def sync_directory(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def describe(path: Path) -> list[Any]:
+    """Path, size, times and inode of a file; no program can write into it and leave all of these as they were."""
+    about = path.stat()
+    return [str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def hash_file(hasher: xxhash.xxh3_128, path: Path) -> None:
+    """Go on hashing with a file's content, of which a few MiB at a time are in memory."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)

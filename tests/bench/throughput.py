@@ -20,6 +20,7 @@ import torch
 from dsft.config.schema import Attention, DataConfig, Packing, Source
 from dsft.data import dataset
 from dsft.data.batch import collate
+from dsft.data.encode import encoder
 from dsft.data.pack import Planner
 from dsft.model import attention
 from dsft.model import load as models
@@ -43,7 +44,7 @@ def main() -> None:
     source = models.resolve(MODEL)
     tokenizer = models.load_tokenizer(source)
     data = DataConfig(source=Source.pydoc)
-    train, _, _ = dataset.prepare(data, tokenizer, models.tokenizer_fingerprint(tokenizer), 0)
+    train, _, _ = dataset.prepare(data, *encoder(data, tokenizer, models.tokenizer_fingerprint(tokenizer)), 0)
     planner = Planner(train.lengths, Packing.bfd, data.max_length, data.pack_window, 0, options.rows)
 
     kernel = attention.choose_kernel(Attention.auto, device, dtype)

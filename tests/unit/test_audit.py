@@ -9,8 +9,7 @@ import tiny
 from rich.console import Console
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow
-from dsft.data import audit
-from dsft.data.dataset import prepare
+from dsft.data import audit, dataset, encode
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +32,14 @@ def prepared(tmp_path_factory, tokenizer):
         on_bad_record=skip,
         on_overflow=drop,
     )
-    return prepare(data, tokenizer, "t", seed=0)
+    train, validation, report = dataset.prepare(data, *encode.encoder(data, tokenizer, "t"), seed=0)
+    return train, validation, {**report, "example": audit.example_spans(train[0], tokenizer)}
 
 
 def test_the_counts_add_up(prepared):
     train, validation, report = prepared
     part = report["train"]
-    dropped = {audit.BAD: 2, audit.TOO_LONG: 2}
+    dropped = {audit.BAD: 2, encode.TOO_LONG: 2}
     assert part["records_dropped"] == dropped
     assert part["records_read"] == 24 == part["records_kept"] + part["records_held_out"] + sum(dropped.values())
     assert (part["records_kept"], part["records_held_out"], part["records_truncated"]) == (len(train), 1, 0)
@@ -66,13 +66,12 @@ def test_the_audit_is_json(prepared):
 
 
 def test_spans_come_out_in_whole_characters(prepared, tokenizer):
-    train, _, report = prepared
+    train, _, _ = prepared
     assert audit.example_spans(train[0], tokenizer) == [
         ("<|im_start|>user\n床前?<|im_end|>\n<|im_start|>assistant\n", False),
         ("明<|im_end|>", True),
         ("\n", False),
     ]
-    assert report["example"] == audit.example_spans(train[0], tokenizer)
 
 
 def test_spans_make_up_the_whole_text(tokenizer):
@@ -94,7 +93,7 @@ def shown(prepared, tokenizer, **kwargs):
 def test_without_colour_the_supervised_part_is_in_brackets(prepared, tokenizer):
     text = shown(prepared, tokenizer)
     assert "⟦明<|im_end|>⟧" in text
-    for part in ("records read", "24", audit.TOO_LONG, "supervised share", "train.jsonl:24: fields [red]x are none"):
+    for part in ("records read", "24", encode.TOO_LONG, "supervised share", "train.jsonl:24: fields [red]x are none"):
         assert part in text
     assert "\x1b" not in text
 

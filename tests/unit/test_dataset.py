@@ -1,22 +1,32 @@
 """The cache of tokenised data: what is kept, what is dropped and why, and when it is made anew."""
 
+import errno
 import json
+import multiprocessing
+import os
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import tiny
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow, Source, TrainOn
-from dsft.data import audit, dataset, render
-from dsft.data.dataset import prepare
+from dsft.data import audit, blocks, cache, dataset, encode, pydoc, render, sources
 from dsft.data.shapes import to_conversation
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
+from dsft.types import Dropped, Example
 
 TOKENIZER = tiny.byte_tokenizer()
+
+
+def prepare(data, tokenizer, fingerprint, seed):
+    return dataset.prepare(data, *encode.encoder(data, tokenizer, fingerprint), seed)
 
 
 def record(number):
@@ -129,21 +139,21 @@ def test_another_tokenizer_template_content_or_code_makes_a_new_entry(data, monk
     size = dataset.Path(data.train).stat()
     text = dataset.Path(data.train).read_text(encoding="utf-8")
     dataset.Path(data.train).write_text(text.replace("答案 1", "答案 8"), encoding="utf-8")
-    dataset.os.utime(data.train, ns=(size.st_atime_ns, size.st_mtime_ns))
+    os.utime(data.train, ns=(size.st_atime_ns, size.st_mtime_ns))
     prepare(data, TOKENIZER, "t", seed=0)
     assert len(entries(data)) == 4
-    monkeypatch.setattr(dataset, "_code_version", lambda: "next")
+    monkeypatch.setattr(encode, "_code_version", lambda: "next")
     prepare(data, TOKENIZER, "t", seed=0)
     assert len(entries(data)) == 5
 
 
 def _cut_short(entry):
-    path = entry / "ids.npy"
+    path = entry / "ids.data.bin"
     path.write_bytes(path.read_bytes()[:-8])
 
 
 def _flip(entry):
-    path = entry / "supervised.npy"
+    path = entry / "supervised.data.bin"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -154,9 +164,9 @@ def _flip(entry):
     [
         _cut_short,
         _flip,
-        lambda entry: (entry / "offsets.npy").unlink(),
-        lambda entry: (entry / "audit.json").write_text("{"),
-        lambda entry: (entry / "audit.json").write_text("{}"),
+        lambda entry: (entry / "ids.offsets.bin").unlink(),
+        lambda entry: (entry / "entry.json").write_text("{"),
+        lambda entry: (entry / "entry.json").write_text("{}"),
     ],
 )
 def test_a_damaged_entry_is_built_again(data, renderings, damage):
@@ -172,13 +182,13 @@ def test_a_damaged_entry_is_built_again(data, renderings, damage):
 
 def test_a_build_that_fails_leaves_nothing_behind(data, monkeypatch):
     def full_disk(*args):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full_disk)
-        with pytest.raises(OSError, match="no space"):
+        patch.setattr(cache._Array, "append", full_disk)
+        with pytest.raises(OSError, match=rf"No space left on device: '{data.cache_dir}/tokens'"):
             prepare(data, TOKENIZER, "t", seed=0)
-    assert entries(data) == []
+    assert not [path for path in (dataset.Path(data.cache_dir) / "tokens").iterdir() if path.suffix != ".lock"]
     assert len(prepare(data, TOKENIZER, "t", seed=0)[0]) == 36
 
 
@@ -192,27 +202,28 @@ def test_those_who_come_together_build_once(data, renderings):
 
 
 def test_one_process_and_two_write_the_same_bytes(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(dataset, "POOL_FROM", 10)
-    monkeypatch.setattr(dataset, "CHUNK", 3)
+    monkeypatch.setattr(blocks, "POOL_FROM", 10)
+    monkeypatch.setattr(blocks, "CHUNK", 3)
     with dataset.Path(data.train).open("a", encoding="utf-8") as file:
         file.write('{"text": \n{"instruction": "x"}\n' + json.dumps(record(41)))
     written = {}
     for workers in (1, 2):
-        cache = str(tmp_path / f"cache{workers}")
-        skip = replace(data, num_workers=workers, cache_dir=cache, on_bad_record=OnBadRecord.skip)
+        cache_dir = str(tmp_path / f"cache{workers}")
+        skip = replace(data, num_workers=workers, cache_dir=cache_dir, on_bad_record=OnBadRecord.skip)
         prepare(skip, TOKENIZER, "t", seed=0)
         (entry,) = entries(skip)
         written[workers] = {path.name: path.read_bytes() for path in sorted(entry.iterdir())}
     assert written[1] == written[2]
-    assert set(written[1]) == {"audit.json", *(f"{name}.npy" for name in dataset.ARRAYS)}
+    columns = {"ids.data", "ids.offsets", "supervised.data"}  # offsets that are the same are kept once
+    assert set(written[1]) == {"entry.json", *(f"{name}.bin" for name in {*columns, *cache.PER_EXAMPLE})}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_bad_record_stops_one_worker_and_two(tmp_path, data, monkeypatch, workers):
-    monkeypatch.setattr(dataset, "POOL_FROM", 10)
-    monkeypatch.setattr(dataset, "CHUNK", 3)
+    monkeypatch.setattr(blocks, "POOL_FROM", 10)
+    monkeypatch.setattr(blocks, "CHUNK", 3)
     # threads instead of processes, which take seconds to start
-    monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda count, _, **rest: ThreadPoolExecutor(count, **rest))
+    monkeypatch.setattr(blocks, "ProcessPoolExecutor", lambda count, _, **rest: ThreadPoolExecutor(count, **rest))
     with dataset.Path(data.train).open("a", encoding="utf-8") as file:
         file.write('{"text": \n{"instruction": "x"}\n' + json.dumps(record(41)))
     with pytest.raises(BadRecord, match=r"train.jsonl:41: not JSON"):
@@ -252,9 +263,9 @@ def test_records_that_do_not_fit_are_cut_dropped_or_refused(tmp_path, data):
     assert TOKENIZER.decode(train[1].ids[train[1].columns["supervised"]].tolist()) == "a" * int(train.weights[1])
     assert (train[0].truncated, train[1].truncated) == (False, True)
     assert report["train"]["records_truncated"] == 1
-    assert report["train"]["records_dropped"] == {audit.CUT_OFF: 1}
+    assert report["train"]["records_dropped"] == {encode.CUT_OFF: 1}
     _, _, report = prepare(replace(data, on_overflow=OnOverflow.drop), TOKENIZER, "t", seed=0)
-    assert report["train"]["records_dropped"] == {audit.TOO_LONG: 2}
+    assert report["train"]["records_dropped"] == {encode.TOO_LONG: 2}
     with pytest.raises(UserError, match=r"long.jsonl:2: 3\d\d tokens, but data.max_length is 64"):
         prepare(replace(data, on_overflow=OnOverflow.error), TOKENIZER, "t", seed=0)
 
@@ -292,14 +303,194 @@ def test_max_records_takes_the_first_of_training_alone(data):
 
 def test_documentation_needs_no_file(data, monkeypatch):
     raws = [
-        dataset.Raw(
+        sources.Raw(
             {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "doc"}]}, f"pydoc:{n}"
         )
         for n in range(4)
     ]
-    monkeypatch.setattr(dataset.pydoc, "records", lambda packages: iter(raws))
-    monkeypatch.setattr(dataset.pydoc, "fingerprint", lambda packages: "docs")
+    monkeypatch.setattr(pydoc, "records", lambda packages: iter(raws))
+    monkeypatch.setattr(pydoc.Documentation, "fingerprint", lambda self: "docs")
     train, validation, report = prepare(replace(data, source=Source.pydoc, train=None), TOKENIZER, "t", seed=0)
     assert (len(train), len(validation), report["train"]["source"]) == (3, 1, "pydoc")
     with pytest.raises(UserError, match=r"data\.train is not set"):
         prepare(replace(data, train=None), TOKENIZER, "t", seed=0)
+
+
+def task(record):
+    """A task of another kind: a number of examples of a record, with columns of their own."""
+    number = record.fields["n"]
+    if number == 7:
+        return Dropped("seven")
+    if number == 3:
+        raise BadRecord(record.origin, "three")
+    parts = [
+        Example(
+            {
+                "ids": np.full(number + 1, part, np.int32),
+                "spans": np.arange(part, dtype=np.int16),
+                "label": np.array([number / 2]),
+                "none": np.empty(0, np.uint8),
+            },
+            tokens=number + 1,
+            weight=0.5,
+            truncated=part == 1,
+        )
+        for part in range(number % 4)
+    ]
+    return [*parts, Dropped("rest")] if parts else Dropped("none of four")
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    train = write(tmp_path / "numbers.jsonl", ({"n": n} for n in range(40)))
+    return DataConfig(
+        train=train, cache_dir=str(tmp_path / "cache"), validation_share=0.3, on_bad_record=OnBadRecord.skip
+    )
+
+
+def test_a_record_may_become_several_examples_of_any_columns(numbers):
+    train, held_out, _ = dataset.prepare(numbers, task, {}, seed=1)
+    found = sorted((part[i].record, i, part[i]) for part in (train, held_out) for i in range(len(part)))
+    kept = [n for n in range(40) if n % 4 and n not in (3, 7)]
+    assert [record for record, _, _ in found] == [n for n in kept for _ in range(n % 4)]
+    for record, _, example in found:
+        (part,) = set(example.ids.tolist())
+        assert example.columns["spans"].tolist() == list(range(part))
+        assert (example.columns["label"].tolist(), len(example.columns["none"])) == ([record / 2], 0)
+        assert (example.tokens, example.weight, example.truncated) == (record + 1, 0.5, part == 1)
+        dtypes = {name: column.dtype.str for name, column in example.columns.items()}
+        assert dtypes == {"ids": "<i4", "spans": "<i2", "label": "<f8", "none": "|u1"}
+
+
+def test_hold_out_and_counts_go_by_record(numbers):
+    train, held_out, report = dataset.prepare(numbers, task, {}, seed=1)
+    sides = [set(part.records.tolist()) for part in (train, held_out)]
+    assert not sides[0] & sides[1]
+    part = report["train"]
+    assert (part["records_read"], part["records_kept"], part["records_held_out"]) == (40, *map(len, sides))
+    assert len(sides[1]) == round(28 * 0.3)
+    assert part["records_dropped"] == {audit.BAD: 1, "none of four": 10, "seven": 1}
+    assert part["parts_dropped"] == {"rest": 28}
+    assert part["examples"] == len(train) == sum(n % 4 for n in sides[0])
+    assert part["records_truncated"] == sum(n % 4 > 1 for n in sides[0])
+    assert "supervised_tokens" not in part
+
+
+@pytest.mark.parametrize("at", [3, 20])
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"ids": np.zeros(2, np.int64)}, r"has the columns ids \(int64\), and those before have ids \(int32\)"),
+        ({"ids": np.zeros(2, np.int32), "x": np.zeros(1)}, r"has the columns ids \(int32\), x \(float64\), and"),
+        ({"ids": np.zeros((1, 2), np.int32)}, "column ids is no one-dimensional array"),
+        ({"ids": np.array([{}])}, "column ids is no one-dimensional array"),
+        ({"ids": [1, 2]}, "column ids is no one-dimensional array"),
+    ],
+)
+def test_examples_of_different_columns_are_refused_by_record(numbers, monkeypatch, at, columns, problem):
+    monkeypatch.setattr(blocks, "CHUNK", 16)
+
+    def encode(record):
+        odd = record.fields["n"] == at
+        return [Example(columns if odd else {"ids": np.zeros(2, np.int32)}, tokens=2, weight=1.0)]
+
+    with pytest.raises(UserError, match=rf"numbers.jsonl:{at + 1}: its example.*{problem}"):
+        dataset.prepare(numbers, encode, {}, seed=0)
+
+
+def test_few_examples_are_in_memory_at_a_time(numbers, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK", 4)
+    alive, most = weakref.WeakSet(), []
+
+    def encode(record):
+        example = Example({"ids": np.zeros(2, np.int32)}, tokens=2, weight=1.0)
+        alive.add(Watched(example))
+        most.append(len(alive))
+        return [example]
+
+    class Watched:
+        def __init__(self, example):
+            example.watched = self
+
+    dataset.prepare(numbers, encode, {}, seed=0)
+    assert len(most) == 40 and max(most) <= 8
+
+
+FORK = multiprocessing.get_context("fork")
+TICK = 0.03
+"""The kernel counts the beginnings of processes in hundredths of a second."""
+
+
+def _rank(data, barrier, keys):
+    barrier.wait()
+    time.sleep(TICK)
+    train, held_out, _ = prepare(data, TOKENIZER, "t", seed=0)
+    keys.put((train.key, held_out.key, texts(train)))
+
+
+def start(data, ranks=4):
+    """What each of some ranks that start together gets."""
+    barrier, keys = FORK.Barrier(ranks), FORK.Queue()
+    processes = [FORK.Process(target=_rank, args=(data, barrier, keys)) for _ in range(ranks)]
+    for process in processes:
+        process.start()
+    found = [keys.get(timeout=20) for _ in processes]
+    for process in processes:
+        process.join()
+    time.sleep(TICK)
+    return found
+
+
+def test_files_and_entries_are_hashed_once_by_the_ranks_of_a_host_and_damage_is_found_at_the_next_start(
+    tmp_path, data, monkeypatch
+):
+    log = tmp_path / "log"
+
+    def hash_file(hasher, path):
+        with log.open("a") as out:
+            out.write(f"{path.name}\n")
+        original(hasher, path)
+
+    original = cache.hash_file
+    for module in (sources, cache):
+        monkeypatch.setattr(module, "hash_file", hash_file)
+    # a flipped bit of a disk leaves no trace in times
+    monkeypatch.setattr(cache, "describe", lambda path: [path.name, path.stat().st_ino])
+    (expected,) = start(data, ranks=1)
+    (entry,) = entries(data)
+    once = sorted(["train.jsonl", *(path.name for path in entry.glob("*.bin"))])
+    assert sorted(log.read_text().split()) == once
+    for _ in range(2):
+        log.write_text("")
+        assert start(data) == [expected] * 4
+        assert sorted(log.read_text().split()) == once
+    content = bytearray((entry / "ids.data.bin").read_bytes())
+    content[40] ^= 1
+    (entry / "ids.data.bin").write_bytes(content)
+    assert start(data) == [expected] * 4
+    assert (entry / "ids.data.bin").read_bytes() != content
+
+
+def test_a_source_that_changes_is_another_one_for_the_rank_that_looks_later(data):
+    first, _, _ = prepare(data, TOKENIZER, "t", seed=0)
+    with dataset.Path(data.train).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record(40)) + "\n")
+    second, _, _ = prepare(data, TOKENIZER, "t", seed=0)
+    assert first.key != second.key
+
+
+def test_a_hub_data_set_is_loaded_once_by_all_ranks_of_a_host(tmp_path, data, monkeypatch):
+    log = tmp_path / "log"
+
+    def load_dataset(spec, split):
+        with log.open("a") as out:
+            out.write(f"{spec} {split}\n")
+        return datasets.Dataset.from_list([record(n) for n in range(40)])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = replace(data, train="owner/set", split="test")
+    assert len(set(map(str, start(hub)))) == 1
+    assert log.read_text() == "owner/set test\n"
+    assert len(set(map(str, start(hub)))) == 1
+    assert log.read_text() == "owner/set test\n" * 2, "the next start asks the hub what is there now"

@@ -111,10 +111,10 @@ def test_the_order_is_always_the_same(package):
 
 
 def test_the_fingerprint_follows_the_source(package):
-    before = pydoc.fingerprint(["made_up_package"])
-    assert pydoc.fingerprint(["made_up_package"]) == before != pydoc.fingerprint([])
+    before = pydoc.Documentation(["made_up_package"]).fingerprint()
+    assert pydoc.Documentation(["made_up_package"]).fingerprint() == before != pydoc.Documentation([]).fingerprint()
     (package / "core.py").write_text(f'"""Other. {LONG}"""', encoding="utf-8")
-    assert pydoc.fingerprint(["made_up_package"]) != before
+    assert pydoc.Documentation(["made_up_package"]).fingerprint() != before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def test_norms_are_exact_with_any_arguments(function):
 
 
 class Data(list):
-    arrays: ClassVar = {"ids": np.zeros(0, np.int32)}
+    entry = SimpleNamespace(columns={"ids": SimpleNamespace(data=np.zeros(0, np.int32))})
 
 
 @pytest.mark.parametrize(("origin", "expected"), [("run", "abc"), ("other", None)])

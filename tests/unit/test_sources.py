@@ -14,11 +14,11 @@ ROWS = [{"instruction": "说你好", "output": "你好\u2028世界\u0085。"}, {
 
 
 def fields(spec):
-    return [record.fields for record in sources.read(str(spec))]
+    return [record.fields for record in sources.Found(str(spec)).records()]
 
 
 def origins(spec):
-    return [record.origin for record in sources.read(str(spec))]
+    return [record.origin for record in sources.Found(str(spec)).records()]
 
 
 def write_jsonl(path, rows):
@@ -96,7 +96,7 @@ def test_csv_rows_know_the_line_they_begin_on(tmp_path):
 )
 def test_a_bad_record_is_named_and_those_after_it_are_read(tmp_path, name, content, problem):
     (tmp_path / name).write_bytes(content)
-    first, bad, last = sources.read(str(tmp_path / name))
+    first, bad, last = sources.Found(str(tmp_path / name)).records()
     assert (first.fields, last.fields) == ({"text": "a"}, {"text": "c"})
     assert isinstance(bad, BadRecord)
     assert str(bad).startswith(f"{tmp_path}/{problem}")
@@ -115,7 +115,7 @@ def test_a_bad_record_is_named_and_those_after_it_are_read(tmp_path, name, conte
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        list(sources.read(str(tmp_path / name)))
+        list(sources.Found(str(tmp_path / name)).records())
 
 
 def test_directories_and_globs_go_deep_in_sorted_order(tmp_path):
@@ -144,7 +144,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, spec, message):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/notes.md").write_text("x")
     with pytest.raises(UserError, match=message):
-        list(sources.read(spec))
+        list(sources.Found(spec).records())
 
 
 def test_a_name_with_an_owner_is_a_hub_id(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_name_with_an_owner_is_a_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (record,) = sources.read("owner/some-set", split="test")
+    (record,) = sources.Found("owner/some-set", split="test").records()
     assert (record.fields, record.origin) == ({"text": "a"}, "owner/some-set[test]:1")
     assert asked == [("owner/some-set", "test")]
 
@@ -167,16 +167,16 @@ def test_a_hub_id_that_fails_says_that_it_is_no_path_either(tmp_path, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"owner/set: no such path here, and as a hub id .*ConnectionError: no network"):
-        list(sources.read("owner/set"))
+        list(sources.Found("owner/set").records())
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
-    before = sources.fingerprint(str(tmp_path / "a.jsonl"))
+    before = sources.Found(str(tmp_path / "a.jsonl")).fingerprint()
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
-    assert sources.fingerprint(str(tmp_path / "b.jsonl")) == before
+    assert sources.Found(str(tmp_path / "b.jsonl")).fingerprint() == before
     write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
-    assert sources.fingerprint(str(tmp_path / "b.jsonl")) != before
+    assert sources.Found(str(tmp_path / "b.jsonl")).fingerprint() != before
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
