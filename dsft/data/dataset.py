@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from dsft.config.schema import DataConfig, OnBadRecord, Source
-from dsft.data import audit, blocks, pydoc, sources
+from dsft.data import audit, blocks, json_array, pydoc, sources
 from dsft.data import cache as entries
 from dsft.data.blocks import Encode
 from dsft.data.cache import Entry, Writer
@@ -140,7 +140,8 @@ def code_version(modules: Iterable[str]) -> str:
 
 @cache
 def _own_version() -> str:
-    return code_version(str(module.__file__) for module in (sources, pydoc, blocks, entries)) + code_version([__file__])
+    modules = (sources, json_array, pydoc, blocks, entries)
+    return code_version([__file__, *(str(module.__file__) for module in modules)])
 
 
 def _hash(content: bytes | memoryview) -> str:

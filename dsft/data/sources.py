@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from dsft.data.json_array import elements
 from dsft.errors import UserError
 from dsft.runtime.content import disguise
 from dsft.runtime.files import describe, hash_file
@@ -171,6 +172,10 @@ def _jsonl(path: Path) -> Iterator[Raw | BadRecord]:
 
 
 def _json(path: Path) -> Iterator[Raw | BadRecord]:
+    if (found := elements(path)) is not None:
+        for value, line in found:
+            yield _record(value, f"{path}:{line}")
+        return
     try:
         text = path.read_bytes().decode("utf-8-sig")
         document = json.loads(text)
@@ -181,24 +186,17 @@ def _json(path: Path) -> Iterator[Raw | BadRecord]:
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
-    if isinstance(document, list):
-        at = text.index("[")
-    elif isinstance(document, dict) and isinstance(document.get("data"), list):
-        at = _position_of_data(text, document["data"])
+    if isinstance(document, dict) and isinstance(document.get("data"), list):
+        yield from _data(text, document["data"], path)
     else:
         yield _record(document, f"{path}:1")
-        return
-    yield from _elements(text, at, path)
 
 
-def _position_of_data(text: str, data: list[Any]) -> int:
-    starts = (match.end() - 1 for match in re.finditer(r'"data"\s*:\s*\[', text))
-    return next(at for at in starts if repr(json.JSONDecoder().raw_decode(text, at)[0]) == repr(data))
-
-
-def _elements(text: str, at: int, path: Path) -> Iterator[Raw | BadRecord]:
-    """The elements of the valid JSON array that opens at `at`, each with the line it begins on."""
+def _data(text: str, data: list[Any], path: Path) -> Iterator[Raw | BadRecord]:
+    """The elements of the array under the key `data` of a valid document, each with the line it begins on."""
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    starts = (match.end() - 1 for match in re.finditer(r'"data"\s*:\s*\[', text))
+    at = next(at for at in starts if repr(decode(text, at)[0]) == repr(data))
     line, counted = 1, 0
     at = blank.match(text, at + 1).end()
     while text[at] != "]":
