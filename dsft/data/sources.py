@@ -2,7 +2,7 @@
 
 JSON is read by the standard library, not through Arrow: Arrow would give every tool call the keys of all the others,
 and could not name the line of a mistake. CSV is read by the standard library too, since a data frame would guess types
-(an answer `007` would become 7, an answer `NA` nothing). Parquet and hub ids go through `datasets`.
+(an answer `007` would become 7, an answer `NA` nothing). Parquet is read by Arrow and hub ids by `datasets`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from dsft.runtime.content import disguise
 from dsft.runtime.files import describe, hash_file
 
 Fields = dict[str, Any]
+
+PARQUET_ROWS = 256
+"""Rows of a Parquet file that are in memory at a time."""
 
 
 @dataclass
@@ -234,11 +238,15 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[Raw | BadRecord]]:
 
 def _parquet(path: Path) -> Iterator[Raw]:
     import datasets
+    from pyarrow import parquet
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-        yield from _rows(rows, str(path))
-    except Exception as error:  # Arrow, fsspec and datasets each have their own
+        # `datasets` would hold a whole group of rows, and files often have but one
+        with parquet.ParquetFile(path) as file:
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=PARQUET_ROWS))
+            yield from _rows(map(features.decode_example, rows), str(path))
+    except Exception as error:  # Arrow and datasets each have their own
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 

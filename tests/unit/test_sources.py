@@ -2,9 +2,12 @@
 
 import json
 import pickle
+from datetime import date
 
 import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from dsft.data import sources
 from dsft.data.sources import BadRecord
@@ -56,6 +59,20 @@ def test_parquet_gives_up_the_nulls_that_arrow_fills_in(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x [1].parquet"))
     assert fields(tmp_path / "x [1].parquet") == rows
     assert origins(tmp_path / "x [1].parquet") == [f"{tmp_path / 'x [1].parquet'}:1"]
+
+
+def test_parquet_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PARQUET_ROWS", 3)
+    rows = [
+        {"n": i, "f": i / 3, "t": "月" * i, "day": date(2026, 1, 1 + i), "many": [{"a": [i], "b": None}] * (i % 3)}
+        for i in range(11)
+    ]
+    table = pa.Table.from_pylist(rows).append_column("kind", pa.array(["x", "y"] * 5 + ["x"]).dictionary_encode())
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=5)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    expected = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", streaming=True)
+    assert fields(tmp_path / "x.parquet") == [sources._without_nulls(row) for row in expected]
+    assert origins(tmp_path / "x.parquet") == [f"{tmp_path / 'x.parquet'}:{n}" for n in range(1, 12)]
 
 
 @pytest.mark.parametrize(
