@@ -128,7 +128,7 @@ class Engine:
     """Trains one module with DeepSpeed.
 
     Args:
-        module: Takes a Batch and returns (summed loss, Tally), like `tasks.causal_lm.CausalLM`.
+        module: Takes a Batch and returns (summed loss, Tally), like `tasks.module.TaskModule`.
         ds_config: What `ds_config.build` returned.
         optim: The optimizer's section of the config.
         world: The ranks.
@@ -250,7 +250,7 @@ class Engine:
             yield self.module
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits at every position in evaluation mode, float32 on the host, shape (1, tokens, vocabulary).
+        """Logits of a batch of one document in evaluation mode, float32 on the host, shape (1, tokens, vocabulary).
 
         Every rank must call it. No random number is drawn.
         """

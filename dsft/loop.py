@@ -272,7 +272,7 @@ class Loop:
         sums = self._interval.tally.sums
         seconds, own_seconds = (s / self._interval.steps for s in (self._interval.seconds, self._interval.own_seconds))
         memory = peak_memory(self.world.device)
-        return [float(sums["nll"]), float(sums["supervised"]), seconds, own_seconds, float(memory)]
+        return [float(sums["loss"]), float(sums["weight"]), seconds, own_seconds, float(memory)]
 
     def _row(self, ranks: list[list[float]], multiplier: float) -> dict[str, Any]:
         """A row of training metrics from every rank's numbers."""

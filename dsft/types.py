@@ -1,4 +1,4 @@
-"""The plain values that travel between rooms: a conversation, an example, a batch.
+"""The plain values that travel between rooms: a record, an example, a batch.
 
 They live below every room that makes or reads them, so that `data`, `tasks` and `engine` can share them
 without importing each other.
@@ -6,8 +6,8 @@ without importing each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,21 +16,27 @@ IGNORE_INDEX = -100
 """The label of a token that is not supervised (PyTorch's `cross_entropy` default)."""
 
 
-@dataclass
-class Conversation:
-    """One record in the one shape that rendering reads.
+@dataclass(kw_only=True)
+class Record:
+    """One record as its task reads it. Steps that clean or augment text use these methods, and know no task.
 
     Attributes:
-        messages: Chat turns, each `{"role": ..., "content": ..., ...}`; empty for plain text.
-        text: Plain text to be learnt as a whole, with no chat template; None for a chat.
-        tools: Tool definitions handed to the chat template, or None.
-        origin: Where the record came from, for messages to people: `file:line`, or `pydoc:textwrap.dedent`.
+        origin: Where it came from, for messages to people: `file:line`, or `pydoc:textwrap.dedent`.
     """
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    text: str | None = None
-    tools: list[dict[str, Any]] | None = None
     origin: str = ""
+
+    def texts(self) -> dict[str, str]:
+        """Its texts that people wrote, by a name for each that stays the same."""
+        raise NotImplementedError
+
+    def protected_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """Characters (begin, end) of these texts that must stay as they are, such as those that a label is about."""
+        return {}
+
+    def with_texts(self, texts: Mapping[str, str]) -> Record:
+        """The same record with other texts, by the names of `texts()`."""
+        raise NotImplementedError
 
 
 @dataclass

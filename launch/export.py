@@ -16,7 +16,7 @@ DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": "true", "output": No
 
 
 def parse(argv: list[str]) -> dict:
-    """Arguments of `dsft.export.export`.
+    """Arguments of `dsft.commands.export.export`.
 
     Raises:
         UserError: An unknown key or a value that is none of its choices.
@@ -45,7 +45,7 @@ def main() -> None:
     """Export, then say where the model is and how well it agrees."""
     with load.reporting():
         arguments = parse(sys.argv[1:])
-        from dsft.export import export
+        from dsft.commands.export import export
 
         output, report = export(**arguments)
         print(f"{output}: {report}")

@@ -22,7 +22,7 @@ def main(composed: DictConfig) -> None:
 
         place = discover()
         with watched(place, load.shown):
-            from dsft.train import run
+            from dsft.commands.train import run
 
             code = run(config, place)
     if code:

@@ -18,10 +18,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dsft.config.schema import Attention
+from dsft.config.schema import Attention, DataConfig, EvalConfig, TaskConfig, TrainConfig
+from dsft.data import dataset
 from dsft.model import attention
 from dsft.model.noise import Noise
-from dsft.tasks.causal_lm import CausalLM, probe_tokens
+from dsft.tasks import TASKS, encode
+from dsft.tasks.collate import Collator
+from dsft.tasks.conversation import SHAPES
+from dsft.tasks.isolation import probe_tokens
+from dsft.tasks.module import TaskModule
+from dsft.tasks.task import Context, read
 from dsft.types import Example
 
 CHATML = (
@@ -54,6 +60,9 @@ def tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHATML,
     )
+
+
+TOKENIZER = tokenizer()
 
 
 def byte_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
@@ -123,12 +132,46 @@ def causal(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedM
     return model.eval()
 
 
-def task(model: PreTrainedModel, chunk: int = 5, *, kernel=Attention.per_document, seed: int = 0, alpha: float = 0.0):
-    """The causal language modelling task around a model, as a run makes it."""
+def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: int = 0, **settings) -> Collator:
+    """What makes batches of a task; `settings` are those of its own section."""
+    context = Context(tokens or TOKENIZER, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
+    return Collator(TASKS[name], context, padded)
+
+
+def prepare(data: DataConfig, tokens, fingerprint: str = "t", seed: int = 0, name: str = "causal_lm", **settings):
+    """Training set, validation set and audit of a task, as a run prepares them."""
+    context = Context(tokens, data, TaskConfig(name=name, **settings), train=TrainConfig(seed=seed))
+    recipe = {"tokenizer": fingerprint, "template": tokens.chat_template, "length": data.max_length}
+    recipe |= {"train_on": data.train_on.name, "overflow": data.on_overflow.name, "task": vars(context.task)}
+    return dataset.prepare(data, partial(encode, task=TASKS[name], context=context), recipe, seed)
+
+
+def conversation(fields: dict, origin: str = ""):
+    """The conversation that a row's fields hold."""
+    return read(SHAPES, fields, origin)
+
+
+def collate(examples: list[Example], step: tuple[int, int] = (0, 0), **options):
+    """A batch of causal language modelling."""
+    return collator(**options).train(examples, step)
+
+
+def task(
+    model: PreTrainedModel,
+    chunk: int = 5,
+    *,
+    name: str = "causal_lm",
+    kernel: Attention = Attention.per_document,
+    seed: int = 0,
+    alpha: float = 0.0,
+    padded: bool = False,
+) -> TaskModule:
+    """A model with the loss of its task, as a run makes it."""
     noise = Noise(model, seed, alpha)
     documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
     vocabulary = model.config.get_text_config().vocab_size
-    return CausalLM(model, documents, chunk, noise, probe_tokens(examples(3, vocabulary=vocabulary)))
+    probe = probe_tokens(examples(3, vocabulary=vocabulary))
+    return TaskModule(model, TASKS[name].loss, documents, chunk, noise, probe, padded)
 
 
 def save(directory: Path, **changes) -> Path:

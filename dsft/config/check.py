@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -45,6 +45,7 @@ def check(
     config: Config,
     ds: dict[str, Any],
     world_size: int,
+    tasks: Mapping[str, Collection[str]],
     metric_names: Collection[str],
     given: Collection[str] | None = None,
 ) -> list[str]:
@@ -54,6 +55,7 @@ def check(
         config: The whole run.
         ds: What the DeepSpeed JSON holds.
         world_size: Data-parallel ranks.
+        tasks: Name of each task -> settings that it reads and some others do not.
         metric_names: Declared metrics; those of an evaluation begin with `eval/`.
         given: Settings and groups on the command line; None counts whatever differs from the schema as given.
 
@@ -63,7 +65,7 @@ def check(
     Raises:
         UserError: Listing everything that is wrong, each with the settings concerned and how to mend it.
     """
-    idle, warnings = effect.sort_out(config, effect.by_config(config), given)
+    idle, warnings = effect.sort_out(config, [*effect.by_task(config, tasks), *effect.by_config(config)], given)
     problems = [
         *idle,
         *_ranges(config),
@@ -79,6 +81,18 @@ def check(
     if problems:
         raise UserError("\n".join(problems))
     return warnings
+
+
+def check_task(name: str, tasks: Collection[str]) -> None:
+    """Refuse a task that there is not.
+
+    Raises:
+        UserError: With the nearest there is.
+    """
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.4)
+        hint = f"Did you mean task={near[0]}?" if near else f"There are {', '.join(tasks)}."
+        raise UserError(f"task.name={name}: there is no such task. {hint}")
 
 
 def check_model(
@@ -193,11 +207,15 @@ _RANGES = {
         (
             "tuning.neftune_alpha fp16.initial_scale_power optim.weight_decay optim.max_grad_norm "
             "schedule.warmup_steps schedule.restarts schedule.patience train.seed train.eval_every train.save_every "
-            "train.early_stopping_patience train.early_stopping_min_delta train.max_skipped_steps train.samples"
+            "train.early_stopping_patience train.early_stopping_min_delta train.max_skipped_steps train.samples "
+            "eval.pseudo_perplexity"
         ),
     ),
     "more than 0": (lambda value: value > 0, "tuning.alpha optim.lr optim.eps"),
-    "more than 0 and at most 1": (lambda value: 0 < value <= 1, "optim.layer_decay schedule.gamma"),
+    "more than 0 and at most 1": (
+        lambda value: 0 < value <= 1,
+        "optim.layer_decay schedule.gamma task.mask_share",
+    ),
     "at least 0 and less than 1": (
         lambda value: 0 <= value < 1,
         "data.validation_share tuning.dropout optim.momentum schedule.warmup_ratio schedule.min_lr_ratio",

@@ -8,7 +8,7 @@ when the length of the data is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
@@ -25,6 +25,7 @@ from dsft.config.schema import (
     Source,
     TrainOn,
     Unit,
+    of_some_tasks,
 )
 from dsft.errors import UserError
 
@@ -39,7 +40,7 @@ _ACTS_WITH = (
     ),
     ("data.train", "data.source", {Source.files}, "data=jsonl"),
     ("data.packages", "data.source", {Source.pydoc}, "data=pydoc"),
-    ("data.pack_window", "data.packing", {Packing.bfd}, "data.packing=bfd"),
+    ("data.pack_window", "data.packing", set(Packing) - {Packing.none}, "data.packing=auto|bfd|padded"),
     ("fp16.initial_scale_power fp16.loss_scale_window", "precision", {Precision.fp16}, "precision=fp16"),
     ("optim.implementation", "optim.name", {OptimName.adamw}, "optim=adamw"),
     ("optim.betas", "optim.name", set(OptimName) - {OptimName.sgd}, "optim=adamw|lion|muon"),
@@ -189,6 +190,22 @@ def by_config(config: Config) -> Iterator[Idle]:
                 name,
                 f"{shown(config, name)} watches evaluations, and train.eval_every=0 has none along the way: raise it.",
             )
+
+
+def by_task(config: Config, tasks: Mapping[str, Collection[str]]) -> Iterator[Idle]:
+    """What the chosen task does not read.
+
+    Args:
+        config: The whole run.
+        tasks: Name of each task -> those settings of `schema.of_some_tasks` that it reads.
+    """
+    for name in sorted(of_some_tasks() - {*tasks[config.task.name]}):
+        others = "|".join(task for task, read in tasks.items() if name in read)
+        yield Idle(
+            name,
+            f"{shown(config, name)} does nothing with task={config.task.name}: choose task={others}, or leave {name} "
+            "out.",
+        )
 
 
 def by_place(config: Config, *, model_on_hub: bool, data_on_hub: bool) -> Iterator[Idle]:

@@ -42,6 +42,7 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "
 _PRECEDENCE = 5.0
 """Seconds that a rank leaves to rank 0 to tell of a mistake."""
 _HOW_TO_GIVE = {
+    "task.name": "task=NAME, a file of conf/task/",
     "model.path": "model.path=DIR_OR_HUB_ID_OR_GGUF, or model=smollm2_135m",
     "deepspeed.json": "deepspeed.json=FILE, or deepspeed=zero2",
 }

@@ -21,8 +21,10 @@ class Source(Enum):
 
 
 class Packing(Enum):
-    none = "none"
+    auto = "auto"
     bfd = "bfd"
+    none = "none"
+    padded = "padded"
 
 
 class TrainOn(Enum):
@@ -38,6 +40,7 @@ class OnBadRecord(Enum):
 
 class OnOverflow(Enum):
     truncate = "truncate"
+    split = "split"
     drop = "drop"
     error = "error"
 
@@ -95,13 +98,17 @@ class Attention(Enum):
     per_document = "per_document"
 
 
+OF_SOME_TASKS = {"of_some_tasks": True}
+"""Metadata of a setting that not every task reads; which ones do, says the task."""
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING
     """Directory, hub id or GGUF file; `package://NAME/FILE` is a file inside an installed Python package."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, metadata=OF_SOME_TASKS)
     """File with a Jinja chat template that replaces the tokenizer's own."""
     resize_embeddings: bool = False
     """Append rows to the input embedding and the output head where the tokenizer has more tokens than the model has
@@ -110,7 +117,7 @@ class ModelConfig:
     """Kernel of document-isolated attention: `flash` (flash-attn), `torch_varlen` (CUDA, half precision) or
     `per_document` (everywhere); `auto` takes the first that works, and `per_document` for a model with dropout of
     attention weights: `flash` draws that by noise of its own, which depends on the split, `torch_varlen` not at all."""
-    logits_chunk: int = 1024
+    logits_chunk: int = field(default=1024, metadata=OF_SOME_TASKS)
     """Supervised tokens whose logits exist at once; bounds the memory that the vocabulary takes."""
 
 
@@ -135,21 +142,33 @@ class DataConfig:
     """Read at most this many training records, in their order; null for all."""
     max_length: int = 512
     """Tokens of the longest example, and of a packed row."""
-    packing: Packing = Packing.bfd
-    """`bfd` fills rows of `max_length` tokens by best-fit-decreasing; with `none` every example is a row. Neither
-    pads, and neither lets documents see each other."""
+    packing: Packing = Packing.auto
+    """`bfd` fills rows of `max_length` tokens by best-fit-decreasing; with `none` every example is a row; neither pads,
+    and neither lets documents see each other. `padded` is for models that cannot keep the documents of a row apart:
+    rows of like length go together and are filled up. `auto` takes `bfd` where the model can, else `padded`."""
     pack_window: int = 4096
-    """Shuffled examples that are packed together; larger packs tighter."""
-    train_on: TrainOn = TrainOn.assistant
+    """Shuffled examples that are packed, or sorted by length, together; larger packs tighter and pads less."""
+    train_on: TrainOn = field(default=TrainOn.assistant, metadata=OF_SOME_TASKS)
     """Which tokens are supervised: every assistant turn, the last one, or all tokens."""
     on_bad_record: OnBadRecord = OnBadRecord.error
     """Stop at a malformed record, or count it, list it in the audit and go on."""
     on_overflow: OnOverflow = OnOverflow.truncate
-    """What happens to an example longer than `max_length`: cut its end, drop it, or stop."""
+    """What happens to an example longer than `max_length`: cut its end, split it into several examples, drop it, or
+    stop."""
     cache_dir: str = "~/.cache/dsft"
     """Where tokenised data and converted models are kept, keyed by content."""
     num_workers: int | None = None
     """Tokenising processes, started from 20,000 records on; null for all cores."""
+
+
+@dataclass
+class TaskConfig:
+    name: str = MISSING
+    """What is learnt, and from which records."""
+    mask_share: float = field(default=0.15, metadata=OF_SOME_TASKS)
+    """Share of an example's tokens that are to be predicted."""
+    whole_words: bool = field(default=False, metadata=OF_SOME_TASKS)
+    """Predict whole words, not single tokens."""
 
 
 @dataclass
@@ -275,9 +294,9 @@ class TrainConfig:
     """Smallest change of `best_metric` that counts as an improvement."""
     max_skipped_steps: int = 20
     """Stop with a diagnosis after this many skipped steps (overflow, NaN) in a row; 0 is off."""
-    samples: int = 1
+    samples: int = field(default=1, metadata=OF_SOME_TASKS)
     """Answers generated for the first validation records, before the first step and at the end."""
-    sample_tokens: int = 64
+    sample_tokens: int = field(default=64, metadata=OF_SOME_TASKS)
     """Longest generated answer, in tokens."""
     export: bool = True
     """Write `run_dir/model/` at the end."""
@@ -288,8 +307,11 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     micro_batch_size: int | None = None
-    """Examples in one evaluation forward pass; null takes as many as fit in one training micro-batch's tokens.
+    """Documents in one evaluation forward pass; null takes as many as fit in one training micro-batch's tokens.
     Changes speed and memory, never a result."""
+    pseudo_perplexity: int | None = field(default=0, metadata=OF_SOME_TASKS)
+    """Validation examples over which pseudo-perplexity is formed, each of their tokens predicted with it alone masked
+    (arXiv:1910.14659); 0 for none, null for all."""
 
 
 @dataclass
@@ -312,6 +334,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     fp16: Fp16Config = field(default_factory=Fp16Config)
@@ -339,6 +362,19 @@ def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
         hint, name = hints[knob.name], prefix + knob.name
         found |= knobs(hint, name + ".") if is_dataclass(hint) else {name: hint}
     return found
+
+
+@cache
+def of_some_tasks(section: type = Config, prefix: str = "") -> frozenset[str]:
+    """Settings that not every task reads."""
+    hints, found = get_type_hints(section), set()
+    for knob in fields(section):
+        name = prefix + knob.name
+        if is_dataclass(hints[knob.name]):
+            found |= of_some_tasks(hints[knob.name], name + ".")
+        elif knob.metadata.get("of_some_tasks"):
+            found.add(name)
+    return frozenset(found)
 
 
 def is_text(hint: Any) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dsft.data.batch import collate
 from dsft.data.pack import Planner, share
 from dsft.errors import UserError
 from dsft.types import Batch, Example
@@ -46,6 +45,7 @@ class Loader:
         world_size: How many ranks share a step.
         micro_batch_size: Rows per micro-batch.
         gradient_accumulation_steps: Micro-batches per rank and step.
+        collate: Makes a batch of examples, of a step given by its epoch and its number in it.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Loader:
         world_size: int,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
+        collate: Callable[[list[Example], tuple[int, int]], Batch],
     ):
         self._dataset = dataset
         self._lengths = lengths
@@ -67,6 +68,7 @@ class Loader:
         self._world_size = world_size
         self._micro = micro_batch_size
         self._accumulation = gradient_accumulation_steps
+        self._collate = collate
         self.epoch = 0
         self.step_in_epoch = 0
 
@@ -116,7 +118,8 @@ class Loader:
         everything = np.concatenate(rows)
         return Step(
             batches=[
-                collate([self._dataset[int(i)] for row in bin_ for i in rows[row]], (epoch, step)) for bin_ in mine
+                self._collate([self._dataset[int(i)] for row in bin_ for i in rows[row]], (epoch, step))
+                for bin_ in mine
             ],
             tokens=sum(loads),
             weight=float(self._weights[everything].sum()),

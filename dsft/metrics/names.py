@@ -52,16 +52,16 @@ def evaluation_metrics(sums: dict[str, float]) -> dict[str, float]:
     """`eval/...` numbers from sums over the whole validation set.
 
     Args:
-        sums: `nll` (nats), `correct`, `supervised` (tokens) and `examples`, summed over all ranks.
+        sums: `loss` (nats), `weight` and `correct` (tokens) and `examples`, summed over all ranks.
 
     Returns:
         Names of METRICS to numbers. Perplexity beyond a float's range is infinity.
     """
-    loss = sums["nll"] / sums["supervised"]
+    loss = sums["loss"] / sums["weight"]
     return {
         "eval/loss": loss,
         "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "eval/token_accuracy": sums["correct"] / sums["supervised"],
+        "eval/token_accuracy": sums["correct"] / sums["weight"],
         "eval/examples": int(sums["examples"]),
-        "eval/supervised_tokens": int(sums["supervised"]),
+        "eval/supervised_tokens": int(sums["weight"]),
     }

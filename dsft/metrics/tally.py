@@ -15,7 +15,7 @@ class Tally:
     validation set. So there is no average of averages anywhere.
 
     Attributes:
-        sums: Name -> scalar float64 tensor, detached. By convention `nll` (nats), `correct` and `supervised` (tokens).
+        sums: Name -> scalar float64 tensor, detached. Every task gives `loss` and `weight`.
     """
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from dsft.errors import UserError
+from dsft.model.kind import Kind
 from dsft.runtime.content import disguise, unsound_weights
 
 INDEX = ".index.json"
@@ -39,12 +36,13 @@ SHOWN = 5
 """Names that a message lists at most."""
 
 
-def check_directory(path: str, directory: Path) -> None:
+def check_directory(path: str, directory: Path, wanted: Kind) -> None:
     """Refuse a directory that holds no whole model, for what it is.
 
     Args:
         path: What was given as `model.path`.
         directory: That directory.
+        wanted: What the task trains.
 
     Raises:
         UserError: It holds adapters, a run, a checkpoint or other models; files that are pointers, web pages, empty,
@@ -60,7 +58,7 @@ def check_directory(path: str, directory: Path) -> None:
             raise UserError(f"{file} is {problem}.")
     if problem := _weights(directory):
         raise UserError(f"model.path={path}: {problem}")
-    check_config(path, read_json(directory / "config.json"))
+    check_config(path, read_json(directory / "config.json"), wanted)
 
 
 def adapters(about: dict[str, Any]) -> str:
@@ -74,14 +72,15 @@ def adapters(about: dict[str, Any]) -> str:
     )
 
 
-def check_config(path: str, about: dict[str, Any]) -> None:
+def check_config(path: str, about: dict[str, Any], wanted: Kind) -> None:
     """Refuse a model that cannot be trained here, by the content of its `config.json`.
 
     Raises:
-        UserError: Its weights are quantised, it needs code of its own, or it is no causal language model.
+        UserError: Its weights are quantised, it needs code of its own, or it is of another kind than the
+            task trains.
     """
     kind = about.get("model_type")
-    problem = _quantised(about) or _own_code(about, kind) or _not_causal(about, kind)
+    problem = _quantised(about) or _own_code(about, kind) or _of_another_kind(about, wanted)
     if problem:
         raise UserError(f"model.path={path}: {problem}")
 
@@ -106,20 +105,14 @@ def _own_code(about: dict[str, Any], kind: Any) -> str | None:
     )
 
 
-def _not_causal(about: dict[str, Any], kind: Any) -> str | None:
-    names = about.get("architectures") or []
-    if about.get("is_encoder_decoder"):
-        what = "an encoder-decoder"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
-        what = "an encoder"
-    elif kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what = "of an architecture that transformers has no causal language model of"
-    elif names and all(OTHER_HEAD.search(name) for name in names):
+def _of_another_kind(about: dict[str, Any], wanted: Kind) -> str | None:
+    names, what = about.get("architectures") or [], wanted.lacks(about)
+    if what is None and names and all(OTHER_HEAD.search(name) for name in names):
         what = "a model with another head, which would be left out,"
-    else:
+    if what is None:
         return None
-    name = ", ".join(names or [str(kind)])
-    return f"{name} ({kind}) is {what}, not a causal language model. Give one, such as a Llama, Qwen or Gemma."
+    name = f"{', '.join(names or [str(about.get('model_type'))])} ({about.get('model_type')})"
+    return f"{name} is {what}, not {wanted.noun}, which this task trains. Give one, such as {wanted.such_as}."
 
 
 def _without_config(path: str, directory: Path) -> str:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from dsft.errors import UserError
+from dsft.model.kind import CAUSAL, Kind
 from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
 from dsft.model.rows import NEW, Gather, whole
 from dsft.model.shards import Shards
@@ -81,10 +82,11 @@ def write_model(
     is_writer: bool,
     merge: bool,
     dtype: torch.dtype,
+    kind: Kind = CAUSAL,
     probe: Probe | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> Report | None:
-    """Write the model so that `AutoModelForCausalLM.from_pretrained(directory)` loads it, tokenizer included.
+    """Write the model so that the `Auto` class of its kind loads it, tokenizer included.
 
     The parameters are gathered module by module: beside its own part a rank holds one module, and the writer one
     shard in host memory. Every rank has to call this. The directory appears, or replaces an older one, only when it is
@@ -99,6 +101,7 @@ def write_model(
         merge: Add the adapters to the weights (in fp32). Otherwise only the adapters are written, for
             `PeftModel.from_pretrained`. A model without adapters is always written whole.
         dtype: Type of the written weights.
+        kind: What kind of model it is.
         probe: What the trained model answered; None leaves the comparison out.
         max_shard_bytes: Largest safetensors file, unless one tensor alone is larger.
 
@@ -124,7 +127,7 @@ def write_model(
             shards.close()
             write_companions(companions, unfinished)
             write_configs(model, unfinished, adapters, dtype)
-        report = verify(unfinished, probe, dtype, directory) if probe else None
+        report = verify(unfinished, probe, dtype, directory, kind) if probe else None
         with disk_errors(directory):
             _publish(unfinished, directory)
     finally:
@@ -147,7 +150,9 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
-def verify(written: Path, probe: Probe, dtype: torch.dtype, destination: Path | None = None) -> Report:
+def verify(
+    written: Path, probe: Probe, dtype: torch.dtype, destination: Path | None = None, kind: Kind = CAUSAL
+) -> Report:
     """Reload a written model on the CPU, as a user would, and compare its logits with the trained model's.
 
     Args:
@@ -155,14 +160,15 @@ def verify(written: Path, probe: Probe, dtype: torch.dtype, destination: Path | 
         probe: What the trained model answered.
         dtype: Type to compute in, the trained model's.
         destination: Where it is to be, for messages, if not there already.
+        kind: What kind of model it is.
 
     Raises:
         UserError: It does not load, or the logits differ by more than TOLERANCE allows for `dtype`.
     """
     with plain_loading():
-        model = _reload(Path(written), dtype).eval()
+        model = _reload(Path(written), dtype, kind).eval()
     with torch.no_grad():
-        found = model(input_ids=probe.ids.cpu(), use_cache=False).logits.double()
+        found = model(input_ids=probe.ids.cpu()).logits.double()
     expected = probe.logits.detach().cpu().double()
     if found.shape != expected.shape:
         raise UserError(
@@ -362,7 +368,8 @@ def write_configs(model: PreTrainedModel | PeftModel, directory: Path, adapters:
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     config.architectures = [type(base).__name__]
-    config.get_text_config().use_cache = True
+    if hasattr(config.get_text_config(), "use_cache"):
+        config.get_text_config().use_cache = True
     # The weights are those of transformers' own class, and files of code are not written.
     vars(config).pop("auto_map", None)
     # Transformers refuses to save them here; they stand in the generation config.
@@ -387,14 +394,14 @@ def _publish(unfinished: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _reload(directory: Path, dtype: torch.dtype) -> nn.Module:
+def _reload(directory: Path, dtype: torch.dtype, kind: Kind) -> nn.Module:
     """The written model on the CPU; adapters on their base model."""
     adapter_config = directory / "adapter_config.json"
     if not adapter_config.is_file():
-        return load_model(ModelSource(str(directory), None, "", str(directory)), dtype, "eager")
+        return load_model(ModelSource(str(directory), None, "", str(directory), kind=kind), dtype, "eager")
     named = json.loads(adapter_config.read_text(encoding="utf-8"))
     path = named["base_model_name_or_path"]
-    base = load_model(ModelSource(path, named.get("revision"), "", path), dtype, "eager")
+    base = load_model(ModelSource(path, named.get("revision"), "", path, kind=kind), dtype, "eager")
     return PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
 
 

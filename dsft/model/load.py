@@ -22,7 +22,6 @@ from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -36,6 +35,7 @@ from transformers.utils.quantization_config import GgufConfig
 from dsft.config.schema import ActivationCheckpointing
 from dsft.errors import UserError
 from dsft.model import directory as directories
+from dsft.model.kind import CAUSAL, Kind
 from dsft.runtime.content import disguise
 
 CONVERSION = 1
@@ -60,6 +60,7 @@ class ModelSource:
         name: What the person asked for, for messages.
         origin: The same for whoever asks from another working directory.
         files: Name to hex digest of each file that decides the weights; empty for a hub id, whose commit says it all.
+        kind: What is made of it.
     """
 
     path: str
@@ -68,9 +69,12 @@ class ModelSource:
     name: str
     origin: str = ""
     files: dict[str, str] = field(default_factory=dict, compare=False)
+    kind: Kind = CAUSAL
 
 
-def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/dsft") -> ModelSource:
+def resolve(
+    path: str, revision: str | None = None, cache_dir: str = "~/.cache/dsft", kind: Kind = CAUSAL
+) -> ModelSource:
     """Find the model that `path` names; a GGUF file is converted to a plain directory first, once per machine.
 
     Processes may call this at the same time: one converts, the others wait for it.
@@ -80,6 +84,7 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
             an installed Python package (which is not imported).
         revision: Branch, tag or commit of a hub id.
         cache_dir: Converted models go to `models/` in it.
+        kind: What the task makes of it.
 
     Raises:
         UserError: There is no such model; the message names what was tried.
@@ -89,17 +94,19 @@ def resolve(path: str, revision: str | None = None, cache_dir: str = "~/.cache/d
         raise UserError(f"model.path={path} is {disguise(local)}.")
     if local.is_file() and local.suffix == ".gguf":
         directory, digest, content = _converted(local, Path(cache_dir).expanduser())
-        return ModelSource(str(directory), None, digest, path, _anywhere(path, local), {local.name: content})
+        return ModelSource(str(directory), None, digest, path, _anywhere(path, local), {local.name: content}, kind)
     if local.is_dir():
-        directories.check_directory(path, local)
+        directories.check_directory(path, local, kind)
         files = _file_digests(local)
         fingerprint = _digest(*(part for item in files.items() for part in item))
-        return ModelSource(str(local.resolve()), None, fingerprint, path, _anywhere(path, local), _decisive(files))
+        return ModelSource(
+            str(local.resolve()), None, fingerprint, path, _anywhere(path, local), _decisive(files), kind
+        )
     if local.is_file():
         raise UserError(f"model.path={path}: a file, but not a .gguf file. {FORMS}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".gguf"):
         raise UserError(f"model.path={path}: no file or directory at {local.absolute()}. {FORMS}")
-    return _on_hub(path, revision)
+    return _on_hub(path, revision, kind)
 
 
 def on_hub(path: str) -> bool:
@@ -135,7 +142,7 @@ def _inside_package(path: str) -> Path:
     raise UserError(f"model.path={path}: the package {package!r} has no file {inner!r}. {held}")
 
 
-def _on_hub(path: str, revision: str | None) -> ModelSource:
+def _on_hub(path: str, revision: str | None, kind: Kind) -> ModelSource:
     """A hub id, pinned to the commit that `revision` means now, so that every rank loads the same."""
     try:
         config_file = cached_file(path, "config.json", revision=revision)
@@ -148,7 +155,7 @@ def _on_hub(path: str, revision: str | None) -> ModelSource:
             f"{path!r}{at}: {_first_line(error)}. {FORMS}"
         ) from error
     commit = extract_commit_hash(config_file, None) or revision
-    return ModelSource(path, commit, _digest(path, commit), path, path)
+    return ModelSource(path, commit, _digest(path, commit), path, path, kind=kind)
 
 
 def _adapters_on_hub(path: str, revision: str | None) -> dict[str, Any] | None:
@@ -193,7 +200,7 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     """
     try:
         with plain_loading():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = CAUSAL.auto.from_pretrained(
                 str(file.parent),
                 gguf_file=file.name,
                 dtype=torch.float32,
@@ -219,7 +226,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     """
     with _loading(source, "config.json"):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
-    directories.check_config(source.name, config.to_dict())
+    directories.check_config(source.name, config.to_dict(), source.kind)
     return config
 
 
@@ -313,7 +320,7 @@ def load_model(
     """
     try:
         with _loading(source, "model"):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = source.kind.auto.from_pretrained(
                 source.path,
                 revision=source.revision,
                 dtype=dtype,
@@ -336,7 +343,8 @@ def load_model(
             f"model.path={source.name}: its files lack {len(missing)} weights of {type(model).__name__}: "
             f"{', '.join(missing[:8])}{more}. They would be random numbers. Give a directory with the whole model."
         )
-    model.config.get_text_config().use_cache = False
+    if hasattr(model.config.get_text_config(), "use_cache"):
+        model.config.get_text_config().use_cache = False
     return model
 
 

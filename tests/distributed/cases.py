@@ -13,9 +13,9 @@ import numpy as np
 import tiny
 import torch
 import yaml
+from tiny import collate
 
-from dsft.config.schema import Fp16Config, Method, OptimConfig, OptimName, Packing, TuningConfig
-from dsft.data.batch import collate
+from dsft.config.schema import Fp16Config, Method, OptimConfig, OptimName, Packing, TrainConfig, TuningConfig
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -25,6 +25,7 @@ from dsft.metrics import Tally
 from dsft.model import attention, rows, tuning
 from dsft.model.load import ModelSource, activation_checkpointing, load_model
 from dsft.model.vocabulary import Vocabulary
+from dsft.tasks.collate import Collator
 
 NOISE_SEED = 11
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,6 +132,7 @@ def loader(world, examples: Examples, packing: str, micro_batch_size: int, accum
         world.size,
         micro_batch_size,
         accumulation,
+        tiny.collator(seed=NOISE_SEED).train,
     )
 
 
@@ -154,7 +156,7 @@ def train(
         for number in range(steps):
             step = next(source)
             tally, done = made.train_step(step.batches, step.weight, SCHEDULE[number % len(SCHEDULE)])
-            sums = np.array(world.gather([float(tally.sums["nll"]), float(tally.sums["supervised"])])).sum(0)
+            sums = np.array(world.gather([float(tally.sums["loss"]), float(tally.sums["weight"])])).sum(0)
             assert sums[1] == step.weight, "tokens counted in the plan and by the task differ"
             losses.append(sums[0] / sums[1])
             norms.append(made.grad_norm)
@@ -173,7 +175,7 @@ class Known(torch.nn.Module):
 
     def forward(self, batch):
         loss = (self.weight * self.numbers).sum(dtype=torch.float32)
-        return loss, Tally({"nll": loss.detach().double()})
+        return loss, Tally({"loss": loss.detach().double()})
 
 
 def norm(world, *, elements: int, stage: str, precision: str, max_grad_norm: float) -> dict[str, float]:
@@ -208,7 +210,7 @@ def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: i
 
     data = Examples(tiny.examples(examples))
     with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(data, None, world, micro_batch_size, 96, 0, 0)
+        evaluator = Evaluator(data, tiny.collator(), world, micro_batch_size, 96)
         return evaluator.metrics(made, NullTracker().bar)
 
 
@@ -227,7 +229,7 @@ def save(
         for number in range(first, first + steps):
             step = next(source)
             tally, _ = made.train_step(step.batches, step.weight, SCHEDULE[number])
-            rows.append((float(tally.sums["nll"]), made.grad_norm))
+            rows.append((float(tally.sums["loss"]), made.grad_norm))
         return rows
 
     seed_everything(1)
@@ -257,6 +259,13 @@ class Keep:
         return list(ids)
 
 
+def sampling(count: int, tokens: int) -> Collator:
+    """What gives `count` samples of at most so many tokens, as ids."""
+    made = tiny.collator()
+    train = TrainConfig(samples=count, sample_tokens=tokens)
+    return replace(made, context=replace(made.context, tokenizer=Keep(), train=train))
+
+
 def _prompts(prompts: list[list[int]]) -> Examples:
 
     return Examples([tiny.example(np.array([*p, 1], np.int32), np.array([*[False] * len(p), True])) for p in prompts])
@@ -267,7 +276,7 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers of 8 tokens."""
     with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(_prompts(prompts), Keep(), world, None, 96, len(prompts), 8, stop)
+        evaluator = Evaluator(_prompts(prompts), sampling(len(prompts), 8), world, None, 96, stop)
         answers, problems = evaluator.answers(made)
         assert not problems, problems
         return [sample["answer"] for sample in answers]
@@ -283,7 +292,7 @@ def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **
     evaluate.PATIENCE = 2.5
     data = Examples(tiny.examples(8))
     with engine(world, model_dir, micro_batch_size=4, **options) as made:
-        evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), Keep(), world, None, 96, 2, 4)
+        evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), sampling(2, 4), world, None, 96)
         model, calls = made.module.model, []
 
         def fail(*_):
@@ -300,7 +309,7 @@ def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **
         hook.remove()
         step = next(iter(loader(world, data, "none", 4, 1)))
         tally, _ = made.train_step(step.batches, step.weight, 1.0)
-        return [sample["answer"] for sample in answers], problems, float(tally.sums["nll"])
+        return [sample["answer"] for sample in answers], problems, float(tally.sums["loss"])
 
 
 def load_error(world, *, model_dir: str, path: str, **options) -> str:
@@ -401,13 +410,14 @@ def digest(directory: str) -> dict[str, str]:
 
 
 def runs(world, *, settings: list[dict], watched: str) -> list[tuple[Any, bool]]:
-    """`dsft.train.run` with each of these configs, one after the other, in this world.
+    """`dsft.commands.train.run` with each of these configs, one after the other, in this world.
 
     Returns:
         For each, its exit code or the message with which it was refused, and whether anything in the directory
         `watched` is other than before it.
     """
-    from dsft import train as command
+    from dsft import assemble
+    from dsft.commands import train as command
     from dsft.config import load
     from dsft.errors import UserError
 
@@ -418,7 +428,7 @@ def runs(world, *, settings: list[dict], watched: str) -> list[tuple[Any, bool]]
             super().__init__(*arguments)
             made.append(self)
 
-    command.join, command.leave, command.Engine = (lambda place: world), (lambda: None), Kept
+    command.join, command.leave, assemble.Engine = (lambda place: world), (lambda: None), Kept
     for config in settings:
         before = digest(watched)
         world.exchange("")  # nobody writes before all have looked

@@ -24,6 +24,7 @@ def home(tmp_path_factory) -> Path:
 def settings(home: Path, run_dir: str = "run", **changes) -> dict:
     """The config of a short LoRA run in `home`, with changes by section and name."""
     config = {
+        "task": {"name": "causal_lm"},
         "model": {"path": str(home / "model")},
         "data": {"train": str(home / "train.jsonl"), "cache_dir": str(home / "cache"), "max_length": 64},
         "deepspeed": {"json": "ds_configs/zero1.json"},
@@ -115,7 +116,7 @@ def test_a_record_of_metrics_that_cannot_be_read_is_refused_before_anything_is_w
 
 def test_a_model_that_leaks_is_refused_before_anything_is_written(pools, home):
     """The first forward pass belongs to the acceptance."""
-    (outcome,) = pools(1).run(cases.leaking_run, settings=settings(home, "leaking/run"))
+    (outcome,) = pools(1).run(cases.leaking_run, settings=settings(home, "leaking/run", data__packing="bfd"))
     assert "does not keep the documents of a row apart" in outcome
     assert not (home / "leaking").exists()
 

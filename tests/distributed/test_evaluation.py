@@ -118,5 +118,5 @@ def test_a_sample_that_fails_is_reported_and_the_run_goes_on(pools, model_dir, s
     rows = pools(2).run(cases.failing_samples, **options, failing=failing)
     for (answers, problems, nll), (all_answers, _, expected) in zip(rows, clean):
         assert answers == all_answers[1:]
-        assert problems == [f"rank {failing[0]}: RuntimeError: the device is out of memory"]
+        assert problems == [f"record 1: rank {failing[0]}: RuntimeError: the device is out of memory"]
         assert nll == expected

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dsft import checkpoint
-from dsft.export import put_weights
+from dsft.commands.export import put_weights
 from dsft.model import export, load, rows, tuning
 from dsft.model.vocabulary import Vocabulary
 

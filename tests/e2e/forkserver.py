@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import IO
 
 IMPORTED = (
-    "dsft.train",
-    "dsft.export",
+    "dsft.commands.train",
+    "dsft.commands.export",
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles at its import, and so imports all of inductor
     "matplotlib.backends.backend_svg",

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsft import checkpoint
+from dsft.commands.export import export
 from dsft.errors import UserError
-from dsft.export import export
 
 TOKENS = ["月亮", "春天", "<|tool|>"]
 

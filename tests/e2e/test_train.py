@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsft import checkpoint
-from dsft.export import export
+from dsft.commands.export import export
 from dsft.metrics import METRICS
 
 CHAT = [{"role": "user", "content": "月亮在哪里 ？"}]

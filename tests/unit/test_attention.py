@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import collate
 
 from dsft.config.schema import Attention
-from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention
 

@@ -9,7 +9,8 @@ import tiny
 from rich.console import Console
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow
-from dsft.data import audit, dataset, encode
+from dsft.data import audit
+from dsft.tasks import fit
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def prepared(tmp_path_factory, tokenizer):
         on_bad_record=skip,
         on_overflow=drop,
     )
-    train, validation, report = dataset.prepare(data, *encode.encoder(data, tokenizer, "t"), seed=0)
+    train, validation, report = tiny.prepare(data, tokenizer)
     return train, validation, {**report, "example": audit.example_spans(train[0], tokenizer)}
 
 
 def test_the_counts_add_up(prepared):
     train, validation, report = prepared
     part = report["train"]
-    dropped = {audit.BAD: 2, encode.TOO_LONG: 2}
+    dropped = {audit.BAD: 2, fit.TOO_LONG: 2}
     assert part["records_dropped"] == dropped
     assert part["records_read"] == 24 == part["records_kept"] + part["records_held_out"] + sum(dropped.values())
     assert (part["records_kept"], part["records_held_out"], part["records_truncated"]) == (len(train), 1, 0)
@@ -93,7 +94,7 @@ def shown(prepared, tokenizer, **kwargs):
 def test_without_colour_the_supervised_part_is_in_brackets(prepared, tokenizer):
     text = shown(prepared, tokenizer)
     assert "⟦明<|im_end|>⟧" in text
-    for part in ("records read", "24", encode.TOO_LONG, "supervised share", "train.jsonl:24: fields [red]x are none"):
+    for part in ("records read", "24", fit.TOO_LONG, "supervised share", "train.jsonl:24: fields [red]x are none"):
         assert part in text
     assert "\x1b" not in text
 

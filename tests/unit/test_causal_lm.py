@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import task
+from tiny import collate, task
 from torch.nn import functional as F
 
 from dsft.config.schema import Method, TuningConfig
-from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention, tuning
-from dsft.tasks.causal_lm import probe_tokens
+from dsft.tasks.isolation import probe_tokens
 from dsft.types import IGNORE_INDEX, Example
 
 EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
@@ -60,9 +59,9 @@ def test_loss_and_gradients_are_the_sum_of_transformers_own_per_example(name):
     loss, tally = task(ours)(collate(EXAMPLES))
     expected, hits = zip(*(plain(theirs, e) for e in EXAMPLES))
     torch.testing.assert_close(float(loss.detach()), float(sum(expected).detach()), rtol=1e-5, atol=0)
-    assert float(tally.sums["nll"]) == float(loss.detach())
+    assert float(tally.sums["loss"]) == float(loss.detach())
     assert float(tally.sums["correct"]) == sum(hits)
-    assert float(tally.sums["supervised"]) == SUPERVISED
+    assert float(tally.sums["weight"]) == SUPERVISED
     assert not any(value.requires_grad for value in tally.sums.values())
     (loss / SUPERVISED).backward()
     (sum(expected) / SUPERVISED).backward()
@@ -102,7 +101,7 @@ def test_a_batch_without_targets_weighs_nothing_and_still_goes_all_the_way(famil
     masked = [tiny.example(e.ids, np.zeros_like(e.columns["supervised"])) for e in EXAMPLES]
     for batch in (collate([]), collate(masked)):
         loss, tally = task(model)(batch)
-        assert {name: float(value) for name, value in tally.sums.items()} == {"nll": 0, "correct": 0, "supervised": 0}
+        assert {name: float(value) for name, value in tally.sums.items()} == {"loss": 0, "correct": 0, "weight": 0}
         model.zero_grad()
         loss.backward()
         assert set(gradients(model)) == set(dict(model.named_parameters()))
@@ -116,7 +115,8 @@ def test_logits_are_those_of_every_position():
         logits = task(model).logits(batch)
         loss, _ = task(model)(batch)
     assert logits.shape == (batch.tokens, 100)
-    nll = F.cross_entropy(logits, batch.tensors["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum")
+    at, targets = batch.tensors["target_at"], batch.tensors["target_ids"]
+    nll = F.cross_entropy(logits[at], targets, reduction="sum")
     torch.testing.assert_close(float(loss), float(nll), rtol=1e-5, atol=0)
 
 
@@ -130,12 +130,16 @@ def test_only_supervised_positions_reach_the_head():
     assert seen == [SUPERVISED]
 
 
-def test_a_head_that_is_given_something_else_is_asked_in_the_models_own_way():
+def test_a_head_that_is_given_something_else_gives_its_loss_from_within_the_model():
     """ModernBERT's decoder has one more layer before its head, of which no config key tells."""
-    ours = task(tiny.causal("modernbert-decoder", attention.NAME, **FAMILIES["modernbert-decoder"]))
-    assert ours._head[0] is not None
+    model = tiny.causal("modernbert-decoder", attention.NAME, **FAMILIES["modernbert-decoder"])
+    ours = task(model)
     ours(collate(EXAMPLES))
-    assert ours._head[0] is None
+    assert ours.chunked
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: seen.append(output.shape))
+    ours(collate(EXAMPLES))
+    assert [shape[-1] for shape in seen] == [0], "no logits of all positions"
 
 
 def test_a_model_is_checked_once_and_the_check_draws_no_random_number():
@@ -224,7 +228,7 @@ def test_masked_logits_do_not_hide_a_leak(mask, monkeypatch):
 
     sound = masked(0)
     sound(collate(EXAMPLES))
-    assert sound._head[0] is None
+    assert not sound.chunked
     monkeypatch.setattr(attention, "_per_document", leaking)
     with pytest.raises(UserError, match="does not keep the documents of a row apart"):
         masked(0)(collate(EXAMPLES))

@@ -19,6 +19,7 @@ from dsft.config.schema import (
 )
 from dsft.errors import UserError
 from dsft.metrics import METRICS
+from dsft.tasks import SETTINGS
 
 CPU = {"device": "cpu"}
 
@@ -26,7 +27,8 @@ CPU = {"device": "cpu"}
 def config(**settings) -> Config:
     """A sound config with `section__knob=value` set."""
     made = Config()
-    for name, value in {"data__train": "x.jsonl", "model__path": "m", "deepspeed__json": "ds.json", **settings}.items():
+    usual = {"task__name": "causal_lm", "data__train": "x.jsonl", "model__path": "m", "deepspeed__json": "ds.json"}
+    for name, value in (usual | settings).items():
         *path, knob = name.split("__")
         section = made
         for part in path:
@@ -38,7 +40,7 @@ def config(**settings) -> Config:
 
 def complaints(ds=None, world_size=2, **settings) -> list[str]:
     try:
-        check(config(**settings), ds or {"zero_optimization": {"stage": 2}}, world_size, METRICS)
+        check(config(**settings), ds or {"zero_optimization": {"stage": 2}}, world_size, SETTINGS, METRICS)
     except UserError as error:
         return str(error).splitlines()
     return []

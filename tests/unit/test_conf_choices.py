@@ -12,6 +12,7 @@ from dsft.config import load
 from dsft.config.check import check
 from dsft.config.schema import Config
 from dsft.metrics import METRICS
+from dsft.tasks import SETTINGS
 
 load.register()
 
@@ -46,7 +47,7 @@ def compose(*overrides: str) -> Config:
 
 def sound(*overrides: str) -> Config:
     config = compose(*overrides)
-    check(config, ds_config.read(config.deepspeed.json), world_size=2, metric_names=METRICS)
+    check(config, ds_config.read(config.deepspeed.json), world_size=2, tasks=SETTINGS, metric_names=METRICS)
     return config
 
 

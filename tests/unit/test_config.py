@@ -45,7 +45,7 @@ def complaint(*overrides: str) -> str:
 
 def launch(monkeypatch, *arguments: str, run=None) -> None:
     """launch/train.py in this process, with `run` in the place of the real training."""
-    monkeypatch.setitem(sys.modules, "dsft.train", SimpleNamespace(run=lambda config, place: run(config)))
+    monkeypatch.setitem(sys.modules, "dsft.commands.train", SimpleNamespace(run=lambda config, place: run(config)))
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     runpy.run_path(str(TRAIN), run_name="__main__")
 

@@ -14,19 +14,17 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+from tiny import conversation as to_conversation
+from tiny import prepare
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow, Source, TrainOn
-from dsft.data import audit, blocks, cache, dataset, encode, pydoc, render, sources
-from dsft.data.shapes import to_conversation
+from dsft.data import audit, blocks, cache, dataset, pydoc, sources
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
+from dsft.tasks import causal_lm, fit, render
 from dsft.types import Dropped, Example
 
 TOKENIZER = tiny.byte_tokenizer()
-
-
-def prepare(data, tokenizer, fingerprint, seed):
-    return dataset.prepare(data, *encode.encoder(data, tokenizer, fingerprint), seed)
 
 
 def record(number):
@@ -49,7 +47,7 @@ def renderings(monkeypatch):
     """Counts how many records are rendered, which a cache hit never does."""
     calls = []
     original = render.render
-    monkeypatch.setattr(render, "render", lambda *args: (calls.append(1), original(*args))[1])
+    monkeypatch.setattr(causal_lm, "render", lambda *args: (calls.append(1), original(*args))[1])
     return calls
 
 
@@ -142,7 +140,7 @@ def test_another_tokenizer_template_content_or_code_makes_a_new_entry(data, monk
     os.utime(data.train, ns=(size.st_atime_ns, size.st_mtime_ns))
     prepare(data, TOKENIZER, "t", seed=0)
     assert len(entries(data)) == 4
-    monkeypatch.setattr(encode, "_code_version", lambda: "next")
+    monkeypatch.setattr(dataset, "_own_version", lambda: "next")
     prepare(data, TOKENIZER, "t", seed=0)
     assert len(entries(data)) == 5
 
@@ -263,9 +261,9 @@ def test_records_that_do_not_fit_are_cut_dropped_or_refused(tmp_path, data):
     assert TOKENIZER.decode(train[1].ids[train[1].columns["supervised"]].tolist()) == "a" * int(train.weights[1])
     assert (train[0].truncated, train[1].truncated) == (False, True)
     assert report["train"]["records_truncated"] == 1
-    assert report["train"]["records_dropped"] == {encode.CUT_OFF: 1}
+    assert report["train"]["records_dropped"] == {causal_lm.CUT_OFF: 1}
     _, _, report = prepare(replace(data, on_overflow=OnOverflow.drop), TOKENIZER, "t", seed=0)
-    assert report["train"]["records_dropped"] == {encode.TOO_LONG: 2}
+    assert report["train"]["records_dropped"] == {fit.TOO_LONG: 2}
     with pytest.raises(UserError, match=r"long.jsonl:2: 3\d\d tokens, but data.max_length is 64"):
         prepare(replace(data, on_overflow=OnOverflow.error), TOKENIZER, "t", seed=0)
 

@@ -13,18 +13,19 @@ from test_check import config
 
 from dsft.config import effect
 from dsft.config.check import check
-from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_tokens, enforce
-from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs
+from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_task, by_tokens, enforce
+from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs, of_some_tasks
 from dsft.errors import UserError
 from dsft.metrics import METRICS
 from dsft.optim import Schedule
+from dsft.tasks import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 PLATEAU = {"schedule__name": ScheduleName.plateau}
 LONG = Length(held_out=10, all_supervised=False, total_steps=1000, steps_to_decay=10)
 ALWAYS = set(
-    """model.path model.chat_template model.attention data.source data.validation data.max_records data.max_length
+    """task.name model.path model.attention data.source data.validation data.max_records data.max_length
     data.packing data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method tuning.neftune_alpha
     deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps batch.global_batch_size optim.name optim.lr
     optim.max_grad_norm optim.layer_decay schedule.warmup_ratio train.seed train.log_every
@@ -67,6 +68,7 @@ def test_of_every_setting_it_is_known_when_it_acts():
         *by_config(config(optim__name=effect.OptimName.lion)),
         *by_config(lora),
         *here(config()),
+        *by_task(config(task__name="b"), {"a": of_some_tasks(), "b": ()}),
         *length(given=(), all_supervised=True, total_steps=5)(config(train__epochs=2, train__max_steps=5)),
         *length(given=(), total_steps=5)(config(train__epochs=2, train__max_steps=6)),
         *by_model(config(), "m", chunked=False, decayed=False, rows_alone=True),
@@ -99,9 +101,9 @@ def test_from_a_recipe_it_is_a_warning():
 def test_check_refuses_and_warns_at_once():
     made = config(tuning__rank=8, tracking__tags=["a"])
     ds = {"zero_optimization": {"stage": 2}}
-    assert len(check(made, ds, 1, METRICS, frozenset())) == 2
+    assert len(check(made, ds, 1, SETTINGS, METRICS, frozenset())) == 2
     with pytest.raises(UserError, match=r"^tracking\.tags=\[a\] does nothing with tracking\.wandb=false") as caught:
-        check(made, ds, 1, METRICS, {"tracking.tags"})
+        check(made, ds, 1, SETTINGS, METRICS, {"tracking.tags"})
     assert "tuning.rank" not in str(caught.value)
 
 

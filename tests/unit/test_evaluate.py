@@ -39,7 +39,7 @@ def answers(world, stage, generate):
             yield SimpleNamespace(model=model)
 
     data = cases._prompts([[5, 6, 7]])
-    evaluator = evaluate.Evaluator(data, cases.Keep(), world, None, 96, 1, 4)
+    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), world, None, 96)
     try:
         return evaluator.answers(SimpleNamespace(stage=stage, inference=inference))
     finally:
@@ -53,12 +53,12 @@ def broken(**_):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_sample_that_fails_everywhere_is_a_problem_and_no_exception(stage):
     world = World("KeyError: 'no such token'")
-    assert answers(world, stage, broken) == ([], ["rank 0: KeyError: 'no such token'"])
+    assert answers(world, stage, broken) == ([], ["record 1: rank 0: KeyError: 'no such token'"])
     assert world.patience == [evaluate.PATIENCE if stage == 3 else None]
 
 
 def test_below_zero_3_one_rank_may_fail_alone():
-    assert answers(World(""), 2, broken) == ([], ["rank 1: KeyError: 'no such token'"])
+    assert answers(World(""), 2, broken) == ([], ["record 1: rank 1: KeyError: 'no such token'"])
 
 
 def test_under_zero_3_a_rank_that_fails_alone_ends_the_run_with_its_own_exception():
@@ -68,9 +68,9 @@ def test_under_zero_3_a_rank_that_fails_alone_ends_the_run_with_its_own_exceptio
 
 def test_a_prompt_that_fills_the_model_is_counted():
     data = cases._prompts([[5] * 400])
-    evaluator = evaluate.Evaluator(data, cases.Keep(), World(""), None, 96, 1, 4)
+    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), World(""), None, 96)
     engine = SimpleNamespace(stage=2, inference=lambda: _inside(SimpleNamespace(model=tiny.llama())))
-    assert evaluator.answers(engine) == ([], ["the prompt of validation record 1 alone fills the model"])
+    assert evaluator.answers(engine) == ([], ["record 1: rank 1: ValueError: the prompt alone fills the model"])
 
 
 @contextmanager

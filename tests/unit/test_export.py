@@ -12,6 +12,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import collate
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -28,10 +29,10 @@ from transformers import (
 )
 
 from dsft import checkpoint
-from dsft import export as command
+from dsft.assemble import DTYPES
+from dsft.commands import export as command
 from dsft.config import load as configs
-from dsft.config.schema import Config, Method, TuningConfig
-from dsft.data.batch import collate
+from dsft.config.schema import Config, Method, Precision, TuningConfig
 from dsft.errors import UserError
 from dsft.model import export, shards, tuning
 from dsft.model import load as loading
@@ -322,10 +323,11 @@ WORLD = SimpleNamespace(rank=0, size=1, is_main=True, gather_objects=lambda valu
 def trained(home: Path, precision: str = "bf16", **settings) -> Path:
     """The run directory of a LoRA run whose adapters have moved far, with one checkpoint."""
     config = Config()
+    config.task.name = "causal_lm"
     config.deepspeed.json, config.model.path = "zero2.json", str(home / "base")
     config.tuning = TuningConfig(method=Method.lora, rank=4, **settings)
     source = loading.resolve(str(tiny.save(home / "base")))
-    model = tuning.apply(loading.load_model(source, command.DTYPES[precision], "eager"), config.tuning, seed=0)
+    model = tuning.apply(loading.load_model(source, DTYPES[Precision[precision]], "eager"), config.tuning, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny import collate
 
 from dsft.config.schema import ActivationCheckpointing, Attention
-from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention, noise
 from dsft.model.load import activation_checkpointing

@@ -38,7 +38,7 @@ SUPERVISED = np.array([e.columns["supervised"].sum() for e in DATA])
 def loader(rank=0, ranks=1, accumulation=1, packing=Packing.bfd, global_batch=GLOBAL_BATCH) -> Loader:
     planner = Planner(LENGTHS, packing, 40, 16, seed=3, global_batch_size=global_batch)
     micro = global_batch // ranks // accumulation
-    return Loader(DATA, LENGTHS, SUPERVISED, planner, rank, ranks, micro, accumulation)
+    return Loader(DATA, LENGTHS, SUPERVISED, planner, rank, ranks, micro, accumulation, tiny.collate)
 
 
 def examples_of(step: Step) -> list[int]:

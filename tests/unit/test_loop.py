@@ -32,7 +32,7 @@ class Engine:
 
     def train_step(self, batches, supervised, multiplier):
         self.multipliers.append(multiplier)
-        sums = {"nll": 2.0 * supervised, "correct": 1.0, "supervised": float(supervised)}
+        sums = {"loss": 2.0 * supervised, "correct": 1.0, "weight": float(supervised)}
         return Tally({k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()}), next(self._applied, True)
 
 
@@ -196,7 +196,7 @@ def test_an_interval_survives_a_checkpoint(make):
     made = make(total=6, log_every=3, save_every=4)
     made.run()
     interval = loop.Interval()
-    tally = Tally({"nll": torch.tensor(1.5, dtype=torch.float64)})
+    tally = Tally({"loss": torch.tensor(1.5, dtype=torch.float64)})
     interval.add(tally, 0.5, 0.25, 7)
     again = loop.Interval.of(interval.state_dict(), torch.device("cpu"))
     assert again.state_dict() == interval.state_dict()
@@ -220,11 +220,11 @@ def test_samples_that_cannot_be_had_are_counted_and_do_not_end_a_run(make):
 def test_an_interval_with_a_nan_can_be_saved():
     """Of a skipped step; JSON has no NaN."""
     interval = loop.Interval()
-    interval.add(Tally({"nll": torch.tensor(torch.nan, dtype=torch.float64)}), 0.5, 0.25, 7)
+    interval.add(Tally({"loss": torch.tensor(torch.nan, dtype=torch.float64)}), 0.5, 0.25, 7)
     state = json.loads(json.dumps(interval.state_dict(), allow_nan=False))
-    assert math.isnan(float(loop.Interval.of(state, torch.device("cpu")).tally.sums["nll"]))
-    state["sums"] = {"nll": 1.5}  # as earlier checkpoints have it
-    assert float(loop.Interval.of(state, torch.device("cpu")).tally.sums["nll"]) == 1.5
+    assert math.isnan(float(loop.Interval.of(state, torch.device("cpu")).tally.sums["loss"]))
+    state["sums"] = {"loss": 1.5}  # as earlier checkpoints have it
+    assert float(loop.Interval.of(state, torch.device("cpu")).tally.sums["loss"]) == 1.5
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best(make):

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny import collate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsft.config.schema import ActivationCheckpointing, Method, TuningConfig
-from dsft.data.batch import collate
 from dsft.errors import UserError
 from dsft.model import attention, noise, tuning
 from dsft.model.load import activation_checkpointing

@@ -5,9 +5,9 @@ import sys
 import textwrap
 
 import pytest
+from tiny import conversation as to_conversation
 
 from dsft.data import pydoc
-from dsft.data.shapes import to_conversation
 from dsft.errors import UserError
 
 LONG = "Says something that is long enough to be worth learning."

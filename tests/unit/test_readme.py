@@ -9,12 +9,14 @@ from pathlib import Path
 
 import hydra
 import pytest
+import tiny
 
 from dsft import ds_config
 from dsft.config import cli, load, table
 from dsft.config.check import check
-from dsft.data import shapes
 from dsft.metrics import METRICS
+from dsft.tasks import SETTINGS
+from dsft.tasks.conversation import SHAPES
 
 load.register()
 
@@ -47,9 +49,9 @@ def test_every_metric_is_named(readme):
 
 def test_every_shape_of_record_is_shown_and_read(readme):
     shown = [json.loads(record) for record in re.findall(r'`(\{"\w+": .+?\})`', readme)]
-    read = [shapes.to_conversation(record, "README") for record in shown]
-    assert len(shown) == len(shapes.SHAPES)
-    assert {names for names in shapes.SHAPES for record in shown if set(names) <= set(record)} == set(shapes.SHAPES)
+    read = [tiny.conversation(record, "README") for record in shown]
+    assert len(shown) == len(SHAPES)
+    assert {names for names in SHAPES for record in shown if set(names) <= set(record)} == set(SHAPES)
     assert sum(conversation.text is not None for conversation in read) == 1
 
 
@@ -65,7 +67,7 @@ def test_a_command_composes_and_its_settings_agree(command):
     overrides = [word.split(",")[0] if " -m " in command else word for word in words]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = load.from_hydra(hydra.compose("config", overrides=overrides))
-    check(config, ds_config.read(config.deepspeed.json), RANKS, METRICS, cli.names(overrides))
+    check(config, ds_config.read(config.deepspeed.json), RANKS, SETTINGS, METRICS, cli.names(overrides))
 
 
 def test_every_choice_of_the_command_line_is_named(readme):

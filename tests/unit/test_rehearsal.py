@@ -22,12 +22,13 @@ from transformers import (
 )
 
 from dsft.config.schema import Method, TuningConfig
-from dsft.data import render
 from dsft.errors import UserError
 from dsft.model import export, rehearsal, vocabulary
 from dsft.model.load import load_model, load_tokenizer, resolve
 from dsft.model.stopping import find_stopping
-from dsft.types import Conversation, Probe
+from dsft.tasks import render
+from dsft.tasks.conversation import Conversation
+from dsft.types import Probe
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1}
 SHAPE = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

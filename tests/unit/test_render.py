@@ -1,19 +1,17 @@
 """Golden masks: what is learnt of a conversation, readable as text."""
 
 import json
-import pickle
 
 import numpy as np
 import pytest
-import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dsft.config.schema import OnOverflow, TrainOn
-from dsft.data.render import fit, render
+from dsft.config.schema import TrainOn
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
-from dsft.types import Conversation
+from dsft.tasks.conversation import Conversation
+from dsft.tasks.render import render
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 
@@ -259,22 +257,3 @@ def test_text_gets_the_beginning_that_the_tokenizer_adds_and_one_end():
     example = render(Conversation(text="Hello"), tokenizer, TrainOn.all)
     assert tokenizer.decode(example.ids.tolist()) == "<s>Hello</s>"
     assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
-
-
-def test_fit_cuts_the_end_drops_or_stops():
-    example = tiny.example(np.arange(5, dtype=np.int32), np.array([False, False, True, False, True]))
-    assert fit(example, 5, OnOverflow.error) is example
-    cut = fit(example, 3, OnOverflow.truncate)
-    assert (cut.ids.tolist(), cut.columns["supervised"].tolist(), cut.truncated) == (
-        [0, 1, 2],
-        [False, False, True],
-        True,
-    )
-    assert fit(example, 4, OnOverflow.drop) is None
-    with pytest.raises(UserError, match=r"f\.jsonl:3: 5 tokens, but data\.max_length is 4"):
-        fit(example, 4, OnOverflow.error, "f.jsonl:3")
-
-
-def test_a_tokenizer_survives_the_way_to_a_worker():
-    tokenizer = pickle.loads(pickle.dumps(make_tokenizer(CHATML)))
-    assert tokenizer.chat_template == CHATML

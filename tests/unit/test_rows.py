@@ -148,7 +148,7 @@ def test_the_chunked_loss_knows_the_new_rows(family, chunk):
 
     expected = gradients(lambda states: F.cross_entropy(head(states), targets, reduction="sum"))
     assert plain_head(model) is head
-    found = gradients(lambda states: head(states, targets, chunk)[0])
+    found = gradients(lambda states: head(states, targets, None, chunk)[0])
     assert len(found) == (4 if family == "phi" else 3)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
@@ -165,7 +165,7 @@ def test_a_bias_trained_as_a_whole_keeps_its_new_entries():
     F.cross_entropy(head(hidden), targets, reduction="sum").backward()
     expected = head.bias.grad.clone()
     head.bias.grad = None
-    plain_head(model)(hidden, targets, 2)[0].backward()
+    plain_head(model)(hidden, targets, None, 2)[0].backward()
     torch.testing.assert_close(head.bias.grad, expected)
 
 

@@ -9,16 +9,17 @@ import pytest
 import tiny
 import torch
 
-from dsft import train
+from dsft import assemble
+from dsft.commands import train
 from dsft.config.schema import Config
 from dsft.engine import _ExactNorms
 from dsft.model.vocabulary import Vocabulary
 from dsft.types import Example
 
 
-def engine(vocabulary: int):
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
-    return SimpleNamespace(module=SimpleNamespace(model=SimpleNamespace(config=config)))
+def plan(examples, words: Vocabulary):
+    model = SimpleNamespace(words=words, config=SimpleNamespace(vocab_size=104))
+    return SimpleNamespace(train_set=examples, model=model, collator=SimpleNamespace(padded=False))
 
 
 def example(ids, target: int) -> Example:
@@ -31,9 +32,9 @@ def test_the_probe_shows_a_new_token_where_the_data_hold_one():
     """Else the export's check would not see whether its input row was written."""
     plain, new = example(range(90), 70), example([*range(60), 103, *range(30)], 2)
     words = Vocabulary(first=100, pieces=((1, 2),) * 4, texts=("a", "b", "c", "d"))
-    assert 70 in train._probe([plain, new], Vocabulary(100), engine(104)).tensors["input_ids"]
-    assert 103 in train._probe([plain, new], words, engine(104)).tensors["input_ids"]
-    assert 70 in train._probe([plain, plain], words, engine(104)).tensors["input_ids"]
+    assert 70 in assemble.probe(plan([plain, new], Vocabulary(100))).tensors["input_ids"]
+    assert 103 in assemble.probe(plan([plain, new], words)).tensors["input_ids"]
+    assert 70 in assemble.probe(plan([plain, plain], words)).tensors["input_ids"]
 
 
 @pytest.mark.parametrize("function", [torch.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.Tensor.norm])
@@ -71,10 +72,10 @@ def test_a_run_from_anothers_checkpoint_is_a_run_of_its_own_to_wandb(origin, exp
     plan = SimpleNamespace(
         audit={},
         ds={},
-        words=Vocabulary(0),
+        why=None,
+        planner=SimpleNamespace(describe=dict),
         train_set=Data([None]),
-        tokenizer=None,
-        stopping=SimpleNamespace(note=None),
+        model=SimpleNamespace(words=Vocabulary(0), tokenizer=None, stopping=SimpleNamespace(note=None)),
     )
     checkpoint = tmp_path / origin / "checkpoints/step-000010"
     train._begin(config, plan, the_loop, checkpoint, {"step": 10, "wandb_id": "abc"})

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from dsft.data.render import turn_end
 from dsft.errors import UserError
 from dsft.model.load import resolve
 from dsft.model.stopping import find_stopping
+from dsft.tasks.render import turn_end
 
 END = tiny.SPECIALS.index("<|im_end|>")
 TEXT = tiny.SPECIALS.index("<|endoftext|>")

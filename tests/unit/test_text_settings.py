@@ -12,7 +12,16 @@ import hydra
 import pytest
 
 from dsft.config import cli, load
-from dsft.config.schema import Config, DeepSpeedConfig, ModelConfig, is_text, is_text_list, is_text_or_null, knobs
+from dsft.config.schema import (
+    Config,
+    DeepSpeedConfig,
+    ModelConfig,
+    TaskConfig,
+    is_text,
+    is_text_list,
+    is_text_or_null,
+    knobs,
+)
 from dsft.errors import UserError
 
 load.register()
@@ -154,6 +163,7 @@ def test_written_and_read_back(text, tmp_path):
     config = replace(
         config,
         name=text,
+        task=TaskConfig(name=text),
         data=replace(config.data, validation=text),
         tracking=replace(config.tracking, tags=[text, "1e5"]),
     )
@@ -164,7 +174,9 @@ def test_written_and_read_back(text, tmp_path):
 def swept(monkeypatch, *arguments: str) -> list[Config]:
     """The configs of the jobs that launch/train.py would run."""
     seen = []
-    monkeypatch.setitem(sys.modules, "dsft.train", SimpleNamespace(run=lambda config, place: seen.append(config)))
+    monkeypatch.setitem(
+        sys.modules, "dsft.commands.train", SimpleNamespace(run=lambda config, place: seen.append(config))
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     return seen

@@ -1,13 +1,16 @@
-"""The shapes that records come in, recognised by their field names and made into one: `Conversation`."""
+"""Conversations, and the shapes that they come in, recognised by their field names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from dsft.data.sources import BadRecord, Fields
-from dsft.types import Conversation
+from dsft.data.sources import Fields
+from dsft.tasks.task import text_of
+from dsft.types import Record
 
 Message = dict[str, Any]
 
@@ -31,44 +34,62 @@ CALL = "function_call"
 """ShareGPT's role for an assistant's turn that is nothing but a tool call, written as JSON."""
 
 
-def to_conversation(fields: Fields, origin: str) -> Conversation:
-    """The conversation that a record holds, whatever its shape.
+@dataclass(kw_only=True)
+class Conversation(Record):
+    """A chat, or a plain text.
 
-    Args:
-        fields: The record. Its shape is the first of SHAPES whose fields it has; other fields are ignored, except
-            `tools` and, where the shape has no system turn of its own, `system`.
-        origin: Where the record came from.
+    Attributes:
+        messages: Chat turns, each `{"role": ..., "content": ..., ...}`; empty for plain text.
+        text: Plain text to be learnt as a whole, with no chat template; None for a chat.
+        tools: Tool definitions handed to the chat template, or None.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    text: str | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    def texts(self) -> dict[str, str]:
+        if self.text is not None:
+            return {"text": self.text}
+        return {f"messages[{number}].content": turn["content"] for number, turn in enumerate(self.messages)}
+
+    def with_texts(self, texts: Mapping[str, str]) -> Conversation:
+        turns = [turn | {"content": texts[f"messages[{n}].content"]} for n, turn in enumerate(self.messages)]
+        return replace(self, messages=turns, text=self.text if self.text is None else texts["text"])
+
+
+def plain_text(fields: Fields, origin: str) -> Conversation:
+    """A plain text, to be learnt as a whole."""
+    return Conversation(text=text_of(fields["text"], "text", empty=False), origin=origin)
+
+
+def _chat(name: str, messages_of: Callable[[Fields], list[Message]]) -> Callable[[Fields, str], Conversation]:
+    """What makes a conversation of a row, from what makes its messages."""
+    return partial(_conversation, messages_of, name)
+
+
+def _conversation(
+    messages_of: Callable[[Fields], list[Message]], name: str, fields: Fields, origin: str
+) -> Conversation:
+    """The conversation that a row holds; its fields `tools` and `system` count for every shape.
 
     Raises:
-        BadRecord: A field is missing, empty, of the wrong type or holds an unknown role; or the turns cannot be
+        ValueError: A field is missing, empty, of the wrong type or holds an unknown role; or the turns cannot be
             trained on. The message names the field.
     """
-    names = next((names for names in SHAPES if all(fields.get(name) is not None for name in names)), None)
-    if names is None:
-        raise BadRecord(origin, _unknown_shape(fields))
-    try:
-        if names == ("text",):
-            return Conversation(text=_text(fields["text"], "text", empty=False), origin=origin)
-        messages = SHAPES[names](fields)
-        if fields.get("system") and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": _text(fields["system"], "system")})
-        _check_turns(messages, "+".join(names))
-        return Conversation(messages=messages, tools=_tools(fields.get("tools")), origin=origin)
-    except ValueError as error:
-        raise BadRecord(origin, str(error)) from error
+    messages = messages_of(fields)
+    if fields.get("system") and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": text_of(fields["system"], "system")})
+    _check_turns(messages, name)
+    return Conversation(messages=messages, tools=_tools(fields.get("tools")), origin=origin)
 
 
-def _unknown_shape(fields: Fields) -> str:
-    for names in SHAPES:
-        missing = [name for name in names if fields.get(name) is None]
-        if len(missing) < len(names):
-            return f"field `{missing[0]}` is missing beside `{next(n for n in names if n not in missing)}`"
-    known = ", ".join("+".join(names) for names in SHAPES)
-    return f"fields {', '.join(map(str, fields)) or '(none)'} are none of the known shapes: {known}"
+def _messages(name: str) -> Callable[[Fields], list[Message]]:
+    return partial(_turns_in, name)
 
 
-def _messages(field: str) -> Callable[[Fields], list[Message]]:
-    return lambda fields: _turns(fields[field], field)
+def _turns_in(name: str, fields: Fields) -> list[Message]:
+    return _turns(fields[name], name)
 
 
 def _prompt_completion(fields: Fields) -> list[Message]:
@@ -77,7 +98,7 @@ def _prompt_completion(fields: Fields) -> list[Message]:
 
 def _side(value: Any, field: str, role: str) -> list[Message]:
     if isinstance(value, str):
-        return [{"role": role, "content": _text(value, field, empty=False)}]
+        return [{"role": role, "content": text_of(value, field, empty=False)}]
     return _turns(value, field)
 
 
@@ -86,11 +107,11 @@ def _instruction(fields: Fields) -> list[Message]:
     for number, pair in enumerate(fields.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"field `history[{number}]` is not a [question, answer] pair")
-        question, answer = (_text(side, f"history[{number}]") for side in pair)
+        question, answer = (text_of(side, f"history[{number}]") for side in pair)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    parts = [_text(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
-    messages.append({"role": "user", "content": _text("\n\n".join(parts), "instruction", empty=False)})
-    messages.append({"role": "assistant", "content": _text(fields["output"], "output", empty=False)})
+    parts = [text_of(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
+    messages.append({"role": "user", "content": text_of("\n\n".join(parts), "instruction", empty=False)})
+    messages.append({"role": "assistant", "content": text_of(fields["output"], "output", empty=False)})
     return messages
 
 
@@ -146,11 +167,11 @@ def _calling(message: Message, field: str) -> Message:
 def _content(value: Any, field: str) -> str:
     """Text, or a list of text parts laid end to end."""
     if not isinstance(value, list):
-        return _text(value, field)
+        return text_of(value, field)
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError(f"field `{field}` holds a part that is not text")
-    return "".join(_text(part.get("text"), field) for part in value)
+    return "".join(text_of(part.get("text"), field) for part in value)
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
@@ -169,14 +190,6 @@ def _from_json(value: Any, field: str) -> Any:
         raise ValueError(f"field `{field}` is a string, but not JSON: {error}") from error
 
 
-def _text(value: Any, field: str, empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"field `{field}` is text, but this is {type(value).__name__}")
-    if not empty and not value.strip():
-        raise ValueError(f"field `{field}` is empty")
-    return value
-
-
 def _check_turns(messages: list[Message], field: str) -> None:
     turns = [message for message in messages if message["role"] not in ("system", "developer")]
     if not any(turn["role"] == "assistant" for turn in turns):
@@ -189,11 +202,11 @@ def _check_turns(messages: list[Message], field: str) -> None:
             raise ValueError(f"field `{field}`: turn {number + 1}, the {message['role']}'s, is empty")
 
 
-SHAPES: dict[tuple[str, ...], Callable[[Fields], list[Message]]] = {
-    ("messages",): _messages("messages"),
-    ("conversations",): _messages("conversations"),
-    ("prompt", "completion"): _prompt_completion,
-    ("instruction", "output"): _instruction,
-    ("text",): lambda fields: [],
+SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Conversation]] = {
+    ("messages",): _chat("messages", _messages("messages")),
+    ("conversations",): _chat("conversations", _messages("conversations")),
+    ("prompt", "completion"): _chat("prompt+completion", _prompt_completion),
+    ("instruction", "output"): _chat("instruction+output", _instruction),
+    ("text",): plain_text,
 }
-"""Fields that a shape needs -> what makes messages of them; the first that fits is taken."""
+"""Fields that a shape needs -> what makes a conversation of a row that has them; the first that fits is taken."""

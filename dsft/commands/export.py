@@ -1,4 +1,4 @@
-"""Composition root of `launch/export.py`: a run's checkpoint becomes a model directory, on one process and the CPU.
+"""`launch/export.py`: a run's checkpoint becomes a model directory, on one process and the CPU.
 
 What the model is made of stands in the checkpoint alone; the run's directory may hold anything beside it.
 """
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsft import checkpoint
+from dsft import assemble, checkpoint
 from dsft.config import load
-from dsft.config.schema import Config, Method
+from dsft.config.schema import Config, Method, Precision
 from dsft.errors import UserError
 from dsft.model import export as writing
 from dsft.model import load as models
-from dsft.model import rows, tuning, vocabulary
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dsft.model import tuning, vocabulary
+from dsft.model.kind import Kind
+from dsft.tasks import TASKS
 
 
 def export(
@@ -56,8 +56,9 @@ def export(
             "which has none. Leave it out."
         )
     writing.check_replaceable(output)
-    dtype = DTYPES[state["identity"]["precision"]]
-    source = base_model(state["identity"][checkpoint.MODEL], model_path, config.data.cache_dir)
+    dtype = assemble.DTYPES[Precision[state["identity"]["precision"]]]
+    kind = TASKS[config.task.name].kind
+    source = base_model(state["identity"][checkpoint.MODEL], model_path, config.data.cache_dir, kind)
     model = _model(config, state, source, dtype, merge)
     put_weights(model, checkpoint.weights(path), str(path))
     report = writing.write_model(
@@ -68,24 +69,26 @@ def export(
         is_writer=True,
         merge=merge,
         dtype=dtype,
+        kind=kind,
         probe=probe,
     )
     return output, report
 
 
-def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str) -> models.ModelSource:
+def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str, kind: Kind) -> models.ModelSource:
     """The base model of a run, found again.
 
     Args:
         then: What the checkpoint says of it.
         model_path: Where it lies now, if not where it lay.
         cache_dir: Where converted models are kept.
+        kind: What the run's task trains.
 
     Raises:
         UserError: It is not there, or another than then; the message names the files that differ.
     """
     try:
-        source = models.resolve(model_path or then["origin"], then["revision"], cache_dir)
+        source = models.resolve(model_path or then["origin"], then["revision"], cache_dir, kind)
     except UserError as problem:
         raise UserError(f"{problem} If the base model was moved since the run, say where: model.path=...") from problem
     if not checkpoint.same_model(then, {"fingerprint": source.fingerprint, "files": source.files}):
@@ -102,15 +105,13 @@ def _model(
     config: Config, state: dict[str, Any], source: models.ModelSource, dtype: torch.dtype, merge: bool
 ) -> nn.Module:
     """The model as it was built for training, with its new tokens, its adapters as they were."""
-    model = models.load_model(source, dtype, "eager")
     words = vocabulary.Vocabulary.of(state["new_tokens"])
     if words.pieces and not merge:
         raise UserError(
             f"merge=false writes adapters alone, but the run has {len(words.pieces)} new tokens, whose rows the base "
             f"model {source.path} lacks. Leave merge=false out."
         )
-    rows.grow(model, words, lambda parameters: nullcontext())
-    model = tuning.apply(model, config.tuning, config.train.seed, words)
+    model = assemble.load_tuned(config, source, words, dtype, "eager", lambda parameters: nullcontext())
     tuning.check_adapters(model, state["adapters"])
     return model
 

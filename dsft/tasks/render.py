@@ -7,7 +7,6 @@ the model sees at inference, and no piece is ever tokenised out of its context.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,10 +14,11 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dsft.config.schema import OnOverflow, TrainOn
+from dsft.config.schema import TrainOn
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
-from dsft.types import Conversation, Example
+from dsft.tasks.conversation import Conversation
+from dsft.types import Example
 
 Span = tuple[int, int]  # characters, end exclusive
 
@@ -59,25 +59,6 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train
     return _example(encoding["input_ids"], _overlap(encoding["offset_mapping"], spans))
 
 
-def fit(example: Example, max_length: int, on_overflow: OnOverflow, origin: str = "") -> Example | None:
-    """The example in at most `max_length` tokens: itself, its beginning, or None if it is to be dropped.
-
-    Raises:
-        UserError: It is longer, and `on_overflow` is `error`.
-    """
-    tokens = len(example.ids)
-    if tokens <= max_length:
-        return example
-    if on_overflow is OnOverflow.error:
-        raise UserError(
-            f"{origin}: {tokens} tokens, but data.max_length is {max_length}; raise it, or choose "
-            "data.on_overflow=truncate or drop"
-        )
-    if on_overflow is OnOverflow.drop:
-        return None
-    return replace(_example(example.ids[:max_length], example.columns["supervised"][:max_length]), truncated=True)
-
-
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Id of the token with which the chat template ends what an assistant writes.
 
@@ -107,10 +88,17 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> Example:
     return _example(ids, np.ones(len(ids), dtype=bool))
 
 
-def _example(ids: list[int] | np.ndarray, supervised: np.ndarray) -> Example:
-    supervised[:1] = False
-    columns = {"ids": np.asarray(ids, dtype=np.int32), "supervised": supervised}
-    return Example(columns, tokens=len(ids), weight=float(supervised.sum()))
+def weighed(columns: dict[str, np.ndarray]) -> Example:
+    """The example of `ids` and `supervised`, with its weight: as many tokens as are supervised.
+
+    The first is none of them, as nothing comes before it to predict it from.
+    """
+    columns["supervised"][:1] = False
+    return Example(columns, tokens=len(columns["ids"]), weight=float(columns["supervised"].sum()))
+
+
+def _example(ids: list[int], supervised: np.ndarray) -> Example:
+    return weighed({"ids": np.asarray(ids, dtype=np.int32), "supervised": supervised})
 
 
 def _supervised_text(

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from tiny import conversation as to_conversation
 
-from dsft.data.shapes import to_conversation
 from dsft.data.sources import BadRecord
 
 USER, ASSISTANT = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "世界"}

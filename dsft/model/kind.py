@@ -1,0 +1,68 @@
+"""A kind of models: what a task trains, and how such a model is told from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Models of one kind.
+
+    Attributes:
+        auto: Transformers' class that loads them, such as `AutoModelForCausalLM`.
+        families: Names (`model_type`) of the architectures that have one.
+        noun: What one is called, for messages: `a causal language model`.
+        such_as: Some, for messages: `a Llama, Qwen or Gemma`.
+        adapters: What peft calls the task.
+        encoder: Whether its tokens see what comes after them.
+    """
+
+    auto: Any
+    families: Mapping[str, Any]
+    noun: str
+    such_as: str
+    adapters: str
+    encoder: bool = False
+
+    def lacks(self, about: Mapping[str, Any]) -> str | None:
+        """What a model is instead, by the content of its `config.json`; None if it is of this kind, as far as is known.
+
+        Some architectures can be both an encoder and a decoder: `is_decoder` says which.
+        """
+        family = about.get("model_type")
+        if about.get("is_encoder_decoder"):
+            return "an encoder-decoder"
+        if not self.encoder and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
+            return "an encoder"
+        if self.encoder and about.get("is_decoder"):
+            return "a decoder"
+        if family in CONFIG_MAPPING_NAMES and family not in self.families:
+            return f"of an architecture of which transformers has no {self.noun.partition(' ')[2]}"
+        return None
+
+
+CAUSAL = Kind(
+    auto=AutoModelForCausalLM,
+    families=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    noun="a causal language model",
+    such_as="a Llama, Qwen or Gemma",
+    adapters="CAUSAL_LM",
+)
+MASKED = Kind(
+    auto=AutoModelForMaskedLM,
+    families=MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    noun="a masked language model",
+    such_as="a BERT, RoBERTa or ModernBERT",
+    adapters="FEATURE_EXTRACTION",
+    encoder=True,
+)

@@ -1,0 +1,110 @@
+"""Examples become a batch, in one of two layouts; all that the device would have to be asked for is found out here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsft.tasks.task import Context, Task, View
+from dsft.types import IGNORE_INDEX, Batch, Example
+
+TARGET = "target_"
+"""How the names of arrays begin that a batch holds only where there are targets."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Lays examples out as batches of a task.
+
+    Args:
+        task: Makes arrays of each example.
+        context: What it may know.
+        padded: Whether each document gets a row of its own, padded to the longest; else all are laid end to end.
+    """
+
+    task: Task
+    context: Context
+    padded: bool
+
+    def train(self, examples: Sequence[Example], step: tuple[int, int]) -> Batch:
+        """A batch to train on; `step` is its epoch, and the number of its optimizer step in it.
+
+        No examples make a filler, one token without a target: ranks under ZeRO must take the same number of forward
+        passes, and it makes up for those that a rank has no rows for.
+        """
+        return self._batch([(example, View(step[0])) for example in examples], step)
+
+    def evaluate(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> Batch:
+        """A batch to evaluate; `views` says for each example which of its views (`Task.views`) is meant.
+
+        Only an example's first view counts in `weight` and `examples`.
+        """
+        return self._batch([(e, View(number=n)) for e, n in zip(examples, views or [0] * len(examples))], (0, 0))
+
+    def _batch(self, documents: list[tuple[Example, View]], step: tuple[int, int]) -> Batch:
+        arrays = [self.task.inputs(example, view, self.context) for example, view in documents] or [_FILLER]
+        lengths = [len(made["input_ids"]) for made in arrays]
+        numbers = [example.number for example, _ in documents] or [0]
+        counted = [example for example, view in documents if view.number == 0]
+        width = max(lengths) if self.padded else None
+        tensors = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
+        weight = float(sum(example.weight for example in counted))
+        tensors["weight"] = np.float64(weight)
+        return Batch(
+            {name: torch.as_tensor(array) for name, array in tensors.items()},
+            lengths,
+            weight,
+            examples=len(counted),
+            numbers=numbers,
+            step=step,
+            padded=self.padded,
+        )
+
+    def _laid_out(self, arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, np.ndarray]:
+        """Arrays of every token in the batch's layout, and what says where the documents are."""
+        positions = [np.arange(length) for length in lengths]
+        made = {}
+        for name in arrays[0]:
+            if name == "labels" or name.startswith(TARGET):
+                continue
+            parts = [one[name] for one in arrays]
+            pad = self.context.tokenizer.pad_token_id if name == "input_ids" else 0
+            made[name] = np.stack(parts) if parts[0].ndim == 0 else _lay(parts, width, pad)
+        if width is None:
+            return made | {"position_ids": _lay(positions, None)}
+        return made | {"attention_mask": (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)}
+
+
+_FILLER = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
+
+
+def _lay(parts: list[np.ndarray], width: int | None, pad: int = 0) -> np.ndarray:
+    """Arrays of the documents' tokens, shape (1, tokens) or (documents, width)."""
+    if width is None:
+        return np.concatenate(parts)[None]
+    laid = np.full((len(parts), width), pad, dtype=parts[0].dtype)
+    for row, part in zip(laid, parts):
+        row[: len(part)] = part
+    return laid
+
+
+def _targets(arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, np.ndarray]:
+    """Where the targets are among all positions of the layout, row after row, and what is said of each.
+
+    Without any there is one at the first position, whose `target_weights` are 0.
+    """
+    begins = np.arange(len(lengths)) * width if width is not None else np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    at = [np.flatnonzero(one["labels"] != IGNORE_INDEX) for one in arrays]
+    if not any(len(places) for places in at):
+        names = {name for one in arrays for name in one if name.startswith(TARGET)}
+        nothing = {name: np.zeros(1, np.float32) for name in names | {f"{TARGET}weights"}}
+        return {"target_at": np.zeros(1, np.int64), "target_ids": np.zeros(1, np.int64), **nothing}
+    made = {"target_at": np.concatenate([begin + places for begin, places in zip(begins, at)])}
+    made["target_ids"] = np.concatenate([one["labels"][places] for one, places in zip(arrays, at)])
+    for name in arrays[0]:
+        if name.startswith(TARGET):
+            made[name] = np.concatenate([one[name][places] for one, places in zip(arrays, at)])
+    return made

@@ -1,0 +1,65 @@
+"""Examples that are longer than `data.max_length`: cut, split, dropped or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from dsft.config.schema import OnOverflow
+from dsft.errors import UserError
+from dsft.types import Dropped, Example
+
+TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
+EMPTY = "parts of longer records with nothing to learn (data.on_overflow=split)"
+
+Columns = dict[str, np.ndarray]
+
+
+def fit(
+    columns: Columns,
+    make: Callable[[Columns], Example],
+    max_length: int,
+    on_overflow: OnOverflow,
+    origin: str,
+    frame: int = 0,
+) -> list[Example | Dropped] | Dropped:
+    """Examples of at most `max_length` tokens: one of all that was read, of its beginning, of all its parts, or none.
+
+    Args:
+        columns: What was read, `ids` among it. Columns with a value for each token are cut, others go into every part.
+        make: The task's own: an example of some columns, its weight among it.
+        max_length: Tokens.
+        on_overflow: What to do with more.
+        origin: Where the record came from, for messages.
+        frame: Tokens that `make` puts around a part.
+
+    Returns:
+        The examples in order, with a Dropped for each part of a split record without weight, so that it is counted.
+
+    Raises:
+        UserError: It is longer, and `on_overflow` is `error`; or `frame` takes all the room.
+    """
+    tokens, room = len(columns["ids"]), max_length - frame
+    if room < 1:
+        raise UserError(f"data.max_length={max_length} leaves no room beside {frame} special tokens: raise it.")
+    if tokens <= room:
+        return [make(columns)]
+    if on_overflow is OnOverflow.error:
+        raise UserError(
+            f"{origin}: {tokens + frame} tokens, but data.max_length is {max_length}; raise it, or choose "
+            "data.on_overflow=truncate, split or drop"
+        )
+    if on_overflow is OnOverflow.drop:
+        return Dropped(TOO_LONG)
+
+    def part(begin: int) -> Example:
+        # a copy: what a task changes in one part is not to change the others
+        cut = slice(begin, begin + room)
+        return make({name: (c[cut] if len(c) == tokens else c).copy() for name, c in columns.items()})
+
+    if on_overflow is OnOverflow.truncate:
+        return [replace(part(0), truncated=True)]
+    parts = map(part, range(0, tokens, room))
+    return [made if made.weight else Dropped(EMPTY) for made in parts]

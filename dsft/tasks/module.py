@@ -1,0 +1,123 @@
+"""A model with the loss of its task, as the one module that the engine trains."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dsft.config.schema import Attention
+from dsft.errors import UserError
+from dsft.metrics import Tally
+from dsft.model.attention import Documents
+from dsft.model.noise import Noise
+from dsft.tasks import isolation
+from dsft.tasks.forward import Forward
+from dsft.tasks.task import Sums
+from dsft.types import Batch
+
+
+class TaskModule(nn.Module):
+    """Takes a batch and gives its summed loss.
+
+    Args:
+        model: A transformers model, possibly wrapped by peft.
+        loss: The task's (`Task.loss`).
+        documents: Makes the attention's description of a flat row from its document lengths.
+        logits_chunk: Targets whose logits exist at once.
+        noise: Draws all of the model's randomness while it trains.
+        probe: From `isolation.probe_tokens`.
+        padded: The layout of the batches that will come.
+
+    Attributes:
+        noise: The same.
+        padded: The same; another value makes the model be checked anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]],
+        documents: Callable[..., Documents],
+        logits_chunk: int,
+        noise: Noise,
+        probe: torch.Tensor,
+        padded: bool = False,
+    ):
+        super().__init__()
+        self.model = model
+        # no module, so that the head does not stand twice in the module tree
+        self._forward = Forward(model, documents, logits_chunk)
+        self._loss = loss
+        self.noise = noise
+        self._probe = probe
+        self.padded = padded
+        self._checked: bool | None = None
+
+    @property
+    def chunked(self) -> bool:
+        """Whether logits are computed chunk by chunk, as far as is known before the first batch."""
+        return self._forward.head is not None
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Tally]:
+        """The summed loss of a batch.
+
+        Returns:
+            The loss, a float64 scalar to go backward from, and its Tally: `loss`, `weight` and the task's own.
+
+        Raises:
+            UserError: On the first call: this model's documents would see each other, or its noise would depend on
+                the split of the work.
+        """
+        if self._checked is not self.padded:
+            self._check(batch.tensors["input_ids"].device)
+        if self.training:
+            self.noise.begin(batch.step, batch.lengths, batch.numbers, batch.tensors["input_ids"].device)
+        with self.noise.drawing() if self.training else nullcontext():
+            loss, sums = self._loss(self._forward, batch)
+        return loss, Tally({"loss": loss.detach(), "weight": batch.tensors["weight"], **sums})
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits at every position of the layout, row after row: (positions, vocabulary)."""
+        return self._forward.logits(batch)
+
+    def _check(self, device: torch.device) -> None:
+        """Make sure that documents are kept apart, that the head gets what it gets in the model, and what is drawn."""
+        first, _, second = probe = self._probe.to(device)
+        pair = isolation.probe_batch(first, second, self.padded)
+        forward, training = self._forward, self.training
+        with torch.no_grad(), self._first_pass():
+            self.eval()
+            logits = isolation.check(forward, probe, self.padded)
+            forward.learn_head(pair, logits, isolation.same)
+            self.train()
+            self.noise.begin(pair.step, pair.lengths, pair.numbers, device)
+            inputs = forward.inputs(pair)
+            kernel = inputs["documents"].kernel if "documents" in inputs else None
+            self.noise.rehearse(lambda: self.model(**inputs), exempt=kernel is Attention.flash)
+            self.train(training)
+        self._checked = self.padded
+
+    @contextmanager
+    def _first_pass(self) -> Iterator[None]:
+        """Inside, what the code of the model or of its adapters cannot do is a UserError that says what to try."""
+        try:
+            yield
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # whatever it comes up with
+            place = traceback.extract_tb(problem.__traceback__)[-1]
+            advice = "Use another model, or another version of transformers."
+            if hasattr(self.model, "peft_config"):
+                advice = (
+                    "It may not bear adapters on all the layers that tuning.target_modules names: name linear layers "
+                    "of the attention, such as tuning.target_modules=[q_proj,k_proj,v_proj,o_proj], or use tuning=full."
+                )
+            raise UserError(
+                f"{type(self._forward.plain).__name__} fails in its first forward pass: {type(problem).__name__}: "
+                f"{problem} ({Path(place.filename).name}:{place.lineno}). {advice}"
+            ) from problem

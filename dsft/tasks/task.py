@@ -1,0 +1,159 @@
+"""What a task is: one value made of plain functions, from the fields of a record to the numbers of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
+from dsft.data.sources import BadRecord, Fields, Raw
+from dsft.metrics import Metric
+from dsft.model.kind import Kind
+from dsft.types import Batch, Dropped, Example, Record
+
+if TYPE_CHECKING:
+    from dsft.tasks.module import Forward
+
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a task's functions may know of the run; it pickles, as records are encoded in processes of their own.
+
+    Attributes:
+        tokenizer: The model's, with new tokens.
+        data: The data's section of the config.
+        task: The task's.
+        eval: The evaluation's.
+        train: The run's.
+        seed: What everything that is drawn depends on, `train.seed`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    data: DataConfig
+    task: TaskConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def seed(self) -> int:
+        return self.train.seed
+
+
+@dataclass(frozen=True)
+class View:
+    """How an example is looked at.
+
+    Attributes:
+        epoch: Epoch of training; -1 in an evaluation, so that it is the same whenever it takes place.
+        number: Which of an example's evaluation views it is (`Task.views`).
+    """
+
+    epoch: int = -1
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a sample is made with.
+
+    Attributes:
+        model: The transformers model, without adapters around it, on `device`, in evaluation mode.
+        device: Where it computes.
+        stop_tokens: Token ids that end an answer.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    stop_tokens: list[int]
+
+
+def _one_view(example: Example, number: int, context: Context) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of fine-tuning. All of its functions are plain: what they return depends on their arguments alone.
+
+    Attributes:
+        shapes: Names of fields -> what makes a record of a row's fields and its origin; the first that fits is taken.
+            It raises ValueError, naming the field, for a malformed row.
+        encode: (record, context) -> its examples; one record may give several, among them a Dropped for each part with
+            nothing to learn. Their `record` is filled in later.
+        inputs: (example, view, context) -> arrays by name. `input_ids`, and `labels` (IGNORE_INDEX where a token
+            has no target), int64, shape (tokens,); `target_weights`, float32, shape (tokens,), if targets do not all
+            count alike. Further arrays of shape (tokens,) are laid out as these are, ones of shape () stacked.
+        loss: (forward, batch) -> (summed loss of the batch, float64 scalar to go backward from; further sums, float64,
+            detached). A batch without targets has to go through the same layers.
+        kind: Which models it trains.
+        metrics: Name without prefix -> metric of an evaluation, formed from the sums `loss`, `weight` and its own.
+        target: What the examples' weights count, as metrics name it: `supervised_tokens`, `labels`.
+        settings: Those settings that not all tasks read, and this one does.
+        views: (example, its number, context) -> how many documents an evaluation makes of it.
+        sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
+            there is nothing to show. It raises ValueError where there is no room for an answer.
+    """
+
+    shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]]
+    encode: Callable[[Record, Context], list[Example | Dropped] | Dropped]
+    inputs: Callable[[Example, View, Context], dict[str, np.ndarray]]
+    loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]]
+    kind: Kind
+    metrics: Mapping[str, Metric]
+    target: str
+    settings: frozenset[str] = frozenset()
+    views: Callable[[Example, int, Context], int] = _one_view
+    sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
+
+
+def read(shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]], fields: Fields, origin: str) -> Record:
+    """The record that a row's fields hold, by the first of `shapes` whose fields it has; other fields are ignored.
+
+    Raises:
+        BadRecord: No shape fits, or the row is malformed; the message names the field.
+    """
+    names = next((names for names in shapes if all(fields.get(name) is not None for name in names)), None)
+    if names is None:
+        raise BadRecord(origin, _unknown_shape(shapes, fields))
+    try:
+        return shapes[names](fields, origin)
+    except ValueError as error:
+        raise BadRecord(origin, str(error)) from error
+
+
+def encode(raw: Raw, task: Task, context: Context) -> list[Example | Dropped] | Dropped:
+    """What becomes of one row of the data: its examples, or the reason why there are none.
+
+    Raises:
+        BadRecord: It is malformed.
+    """
+    return task.encode(read(task.shapes, raw.fields, raw.origin), context)
+
+
+def text_of(value: Any, field: str, empty: bool = True) -> str:
+    """The text in a field.
+
+    Raises:
+        ValueError: It is no text, or blank where it may not be `empty`.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"field `{field}` is text, but this is {type(value).__name__}")
+    if not empty and not value.strip():
+        raise ValueError(f"field `{field}` is empty")
+    return value
+
+
+def _unknown_shape(shapes: Mapping[tuple[str, ...], Any], fields: Fields) -> str:
+    for names in shapes:
+        missing = [name for name in names if fields.get(name) is None]
+        if len(missing) < len(names):
+            return f"field `{missing[0]}` is missing beside `{next(n for n in names if n not in missing)}`"
+    known = ", ".join("+".join(names) for names in shapes)
+    return f"fields {', '.join(map(str, fields)) or '(none)'} are none of the known shapes: {known}"
