@@ -24,9 +24,10 @@ lint: $(READY)
 	$(RUN) ruff format --check
 	$(RUN) lint-imports
 
-# the settings in both READMEs, from the schema's docstrings
+# the settings in both READMEs, from the schema's docstrings, and the metrics, from their declarations
 table: $(READY)
 	$(RUN) python -m dsft.config.table README.md README.zh-CN.md
+	$(RUN) python -m dsft.tasks.metrics_table docs/METRICS.md
 
 clean:
 	rm -rf .venv build dsft.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -31,7 +31,7 @@ from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
-from dsft.metrics import METRICS
+from dsft.metrics import Metric, comparable, declare
 from dsft.model import attention, export, rows, tuning, vocabulary
 from dsft.model import load as models
 from dsft.model.noise import Noise
@@ -118,6 +118,11 @@ class Plan:
         """Type of weights and activations."""
         return DTYPES[self.precision]
 
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """All that the run may record."""
+        return _metrics(self.task)
+
 
 def plan(config: Config, place: Place) -> Plan:
     """Everything that needs no other rank; reading and tokenising may take hours, and no process group can time out.
@@ -131,7 +136,7 @@ def plan(config: Config, place: Place) -> Plan:
     precision = _precision(config.precision)
     ds = _ds_config(config, sizes, precision, place)
     given = cli.given()
-    warn(place, check.check(config, ds, place.world_size, SETTINGS, METRICS, given))
+    warn(place, check.check(config, ds, place.world_size, SETTINGS, comparable(_metrics(task)), given))
     # a missing file is named before a model is converted
     data_on_hub = None in [sources.files(spec) for spec in effect.sources(config).values()]
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
@@ -160,6 +165,10 @@ def plan(config: Config, place: Place) -> Plan:
     )
     _check_lengths(config, place, made)
     return made
+
+
+def _metrics(task: Task) -> dict[str, Metric]:
+    return declare(task.metrics, task.target)
 
 
 def _ds_config(config: Config, sizes: check.BatchSizes, precision: Precision, place: Place) -> dict[str, Any]:
@@ -364,7 +373,7 @@ def evaluator(config: Config, made: Plan, world: World) -> Evaluator | None:
         return None
     budget = made.sizes.micro_batch_size * config.data.max_length
     stops = made.model.stopping.tokens
-    return Evaluator(made.validation, made.collator, world, config.eval.micro_batch_size, budget, stops)
+    return Evaluator(made.validation, made.collator, world, made.metrics, config.eval.micro_batch_size, budget, stops)
 
 
 def probe(made: Plan) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dsft.data.loader import evaluation_batches
 from dsft.engine import Engine
-from dsft.metrics import Tally
-from dsft.metrics.names import evaluation_metrics
+from dsft.metrics import Metric, Row, Tally, form
+from dsft.metrics.ledger import across
 from dsft.runtime.world import World
 from dsft.tasks.collate import Collator
 from dsft.tasks.task import Sampling
@@ -29,6 +29,7 @@ class Evaluator:
         dataset: Validation examples, with their `lengths`.
         collator: Makes batches of them.
         world: The ranks.
+        metrics: All that the run declares, by name.
         micro_batch_size: Documents per forward pass; None fills `token_budget`.
         token_budget: Tokens of a forward pass.
         stop_tokens: Token ids that end a generated answer.
@@ -39,6 +40,7 @@ class Evaluator:
         dataset,
         collator: Collator,
         world: World,
+        metrics: Mapping[str, Metric],
         micro_batch_size: int | None,
         token_budget: int,
         stop_tokens: Sequence[int] = (),
@@ -46,6 +48,7 @@ class Evaluator:
         self._dataset = dataset
         self._collator = collator
         self._world = world
+        self._metrics = metrics
         task, context = collator.task, collator.context
         views = np.array([task.views(dataset[number], number, context) for number in range(len(dataset))])
         # each document is an example and the number of one of its views
@@ -56,7 +59,7 @@ class Evaluator:
         self._stop_tokens = list(stop_tokens)
 
     def metrics(self, engine: Engine, bar) -> dict[str, float]:
-        """The `eval/...` metrics over the whole set, the same on every rank; all ranks call it.
+        """The metrics of an evaluation over the whole set, the same on every rank; all ranks call it.
 
         Args:
             engine: The model.
@@ -71,11 +74,9 @@ class Evaluator:
                 tally.add(engine.evaluate(batch))
                 examples += batch.examples
                 advance(1)
-        mine = {name: float(value) for name, value in tally.sums.items()} | {"examples": float(examples)}
-        rows = self._world.gather([*mine.values(), time.perf_counter() - begun])
-        *sums, seconds = np.array(rows).T
-        totals = {name: float(column.sum()) for name, column in zip(mine, sums)}
-        return evaluation_metrics(totals) | {"time/eval_seconds": float(seconds.max())}
+        sums = tally.read()
+        quantities = {"examples": examples, "eval_seconds": time.perf_counter() - begun}
+        return form(self._metrics, Row.EVALUATION, across(self._world.gather, sums, quantities))
 
     def answers(self, engine: Engine) -> tuple[list[dict[str, str]], list[str]]:
         """The task's samples of the first validation examples; all ranks call it, and all make the same.

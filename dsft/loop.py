@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsft import checkpoint
 from dsft.config.schema import TrainConfig
@@ -17,7 +15,7 @@ from dsft.data.loader import Loader, Step
 from dsft.engine import Engine
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
-from dsft.metrics import METRICS, Tally
+from dsft.metrics import Ledger, Metric, comparable
 from dsft.optim import Schedule
 from dsft.runtime.signals import StopRequest
 from dsft.runtime.world import World, peak_memory
@@ -31,7 +29,7 @@ class Counters:
     Attributes:
         step: Optimizer steps done, skipped ones included.
         tokens: Tokens trained on.
-        supervised_tokens: Supervised tokens trained on.
+        weight: Sum of the weights of the examples trained on.
         skipped_steps: Steps skipped because of overflow or NaN.
         skipped_in_row: Of these, how many just now, one after the other.
         best: Best value of `train.best_metric`, or None.
@@ -43,7 +41,7 @@ class Counters:
 
     step: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
+    weight: float = 0.0
     skipped_steps: int = 0
     skipped_in_row: int = 0
     best: float | None = None
@@ -53,39 +51,6 @@ class Counters:
     finished: str | None = None
 
 
-@dataclass
-class Interval:
-    """This rank's sums since the last row of training metrics; saved with a checkpoint that falls between two rows."""
-
-    tally: Tally = field(default_factory=Tally)
-    seconds: float = 0.0
-    own_seconds: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-
-    def add(self, tally: Tally, seconds: float, own_seconds: float, tokens: int) -> None:
-        """Add one step: its duration, and what of it was this rank's own work and not waiting for others."""
-        self.tally.add(tally)
-        self.seconds += seconds
-        self.own_seconds += own_seconds
-        self.tokens += tokens
-        self.steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        # as text, since a skipped step may have brought a NaN, which JSON cannot hold
-        sums = {name: repr(float(value)) for name, value in self.tally.sums.items()}
-        rest = ("seconds", "own_seconds", "tokens", "steps")
-        return {"sums": sums, **{name: getattr(self, name) for name in rest}}
-
-    @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device) -> Interval:
-        """The interval that `state_dict` described."""
-        state = dict(state)
-        sums = {k: torch.tensor(float(v), dtype=torch.float64, device=device) for k, v in state.pop("sums").items()}
-        return cls(**(state | {"tally": Tally(sums)}))
-
-
 class Loop:
     """Trains until the last step, a stop request, or the early stop.
 
@@ -93,6 +58,7 @@ class Loop:
         engine: Takes steps.
         loader: Hands out steps.
         evaluator: Evaluates, or None where there is no validation set.
+        metrics: All that the run declares, by name.
         schedule: The learning rate's multiplier.
         tracker: Where metrics go.
         world: The ranks.
@@ -113,6 +79,7 @@ class Loop:
         engine: Engine,
         loader: Loader,
         evaluator: Evaluator | None,
+        metrics: Mapping[str, Metric],
         schedule: Schedule,
         tracker,
         world: World,
@@ -129,6 +96,7 @@ class Loop:
         self.engine = engine
         self.loader = loader
         self.evaluator = evaluator
+        self.metrics = metrics
         self.schedule = schedule
         self.tracker = tracker
         self.world = world
@@ -142,7 +110,7 @@ class Loop:
         self.record = record
         self.probe = probe
         self.counters = Counters()
-        self._interval = Interval()
+        self._ledger = Ledger(metrics)
 
     def run(self) -> str | None:
         """Go on from where the counters stand.
@@ -183,13 +151,13 @@ class Loop:
         tally, applied = self.engine.train_step(step.batches, step.weight, multiplier)
         self.schedule.step(applied, self.loader.epochs)
         own_seconds = loading + self.engine.forward_seconds()
-        self._interval.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
+        self._ledger.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
         self._count(step, applied)
         log = self._due(self.train.log_every) or self.counters.step == self.total_steps
-        ranks = self.world.gather([self._stopping(), *(self._numbers() if log else [])])
+        ranks = self.world.gather([self._stopping()])
         if log:
-            self.tracker.write(self._row(ranks, multiplier))
-            self._interval = Interval()
+            row = self._ledger.row(self.world.gather, self._now(multiplier))
+            self.tracker.write({"step": self.counters.step, **row})
         self._refuse_endless_skipping()
         return self._stop_signal(ranks)
 
@@ -199,6 +167,11 @@ class Loop:
             return False
         metrics = self.evaluator.metrics(self.engine, self.tracker.bar)
         self.tracker.write({"step": self.counters.step, **metrics})
+        if self.train.best_metric not in metrics:
+            raise UserError(
+                f"train.best_metric={self.train.best_metric}: this run's evaluations do not give it. Set it to one of "
+                f"{', '.join(name for name in comparable(self.metrics) if name in metrics)}."
+            )
         if self.counters.step == 0:
             return False
         self.schedule.evaluated(metrics)
@@ -222,7 +195,7 @@ class Loop:
             **asdict(self.counters),
             "loader": self.loader.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "intervals": self.world.gather_objects(self._interval.state_dict()),
+            "intervals": self.world.gather_objects(self._ledger.state_dict()),
             **self.extra_state(),
         }
         path = checkpoint.save(
@@ -245,7 +218,7 @@ class Loop:
         self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})
         self.loader.load_state_dict(state["loader"])
         self.schedule.load_state_dict(state["schedule"])
-        self._interval = Interval.of(state["intervals"][self.world.rank], self.world.device)
+        self._ledger.load_state_dict(state["intervals"][self.world.rank], self.world.device)
         return state
 
     def _stopping(self) -> float:
@@ -263,53 +236,35 @@ class Loop:
         counters = self.counters
         counters.step += 1
         counters.tokens += step.tokens
-        counters.supervised_tokens += int(step.weight)
+        counters.weight += step.weight
         counters.skipped_steps += not applied
         counters.skipped_in_row = 0 if applied else counters.skipped_in_row + 1
 
-    def _numbers(self) -> list[float]:
-        """This rank's part of a row of training metrics."""
-        sums = self._interval.tally.sums
-        seconds, own_seconds = (s / self._interval.steps for s in (self._interval.seconds, self._interval.own_seconds))
-        memory = peak_memory(self.world.device)
-        return [float(sums["loss"]), float(sums["weight"]), seconds, own_seconds, float(memory)]
-
-    def _row(self, ranks: list[list[float]], multiplier: float) -> dict[str, Any]:
-        """A row of training metrics from every rank's numbers."""
-        _, nll, supervised, seconds, own_seconds, memory = zip(*ranks)
-        row = {
-            "step": self.counters.step,
-            "train/loss": sum(nll) / sum(supervised),
-            "train/grad_norm": self.engine.grad_norm,
-            "train/lr": self.peak_lr * multiplier,
-            "train/epoch": self.loader.progress(),
-            "train/tokens": self.counters.tokens,
-            "train/supervised_tokens": self.counters.supervised_tokens,
-            "train/skipped_steps": self.counters.skipped_steps,
-            "time/step_seconds_min": min(seconds),
-            "time/step_seconds": sum(seconds) / len(seconds),
-            "time/step_seconds_max": max(seconds),
-            "time/own_seconds_min": min(own_seconds),
-            "time/own_seconds": sum(own_seconds) / len(own_seconds),
-            "time/own_seconds_max": max(own_seconds),
-            "time/tokens_per_second": self._interval.tokens / (max(seconds) * self._interval.steps),
-            "memory/peak_bytes": int(max(memory)),
+    def _now(self, multiplier: float) -> dict[str, float]:
+        """Quantities of the run as it stands, as `metrics.declared` names them."""
+        scale = self.engine.loss_scale
+        return {
+            "grad_norm": self.engine.grad_norm,
+            "lr": self.peak_lr * multiplier,
+            "epoch": self.loader.progress(),
+            "tokens": self.counters.tokens,
+            "weight_so_far": self.counters.weight,
+            "skipped_steps": self.counters.skipped_steps,
+            "peak_bytes": peak_memory(self.world.device),
+            **({} if scale is None else {"loss_scale": scale}),
         }
-        if self.engine.loss_scale is not None:
-            row["train/loss_scale"] = self.engine.loss_scale
-        return row
 
     def _judge(self, metrics: dict[str, float]) -> bool:
         """Compare with the best evaluation so far; returns whether this one is better."""
         counters, train = self.counters, self.train
         value = metrics[train.best_metric]
-        sign = 1 if METRICS[train.best_metric].greater_is_better else -1
+        gain = self.metrics[train.best_metric].gain
         finite = math.isfinite(value)  # NaN would stay the best for ever, as nothing compares with it
-        better = finite and (counters.best is None or sign * (value - counters.best) > 0)
+        better = finite and (counters.best is None or gain(value, counters.best) > 0)
         if better:
             counters.best, counters.best_step = value, counters.step
         reference = counters.patience_best
-        if finite and (reference is None or sign * (value - reference) > train.early_stopping_min_delta):
+        if finite and (reference is None or gain(value, reference) > train.early_stopping_min_delta):
             counters.patience_best, counters.evaluations_without_improvement = value, 0
         else:
             counters.evaluations_without_improvement += 1

@@ -20,6 +20,7 @@ from transformers import (
 
 from dsft.config.schema import Attention, DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data import dataset
+from dsft.metrics import declare
 from dsft.model import attention
 from dsft.model.noise import Noise
 from dsft.tasks import TASKS, encode
@@ -63,6 +64,9 @@ def tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = tokenizer()
+
+METRICS = declare(TASKS["causal_lm"].metrics, TASKS["causal_lm"].target)
+"""What a run of causal language modelling declares."""
 
 
 def byte_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:

@@ -80,7 +80,7 @@ def _run(config: Config, place: Place) -> int:
     seed_everything(config.train.seed, config.train.deterministic)
     engine = assemble.engine(config, plan, world)
     plan = assemble.settle(config, plan, engine)
-    tracker = _tracker(config, run_dir, world, plan.total_steps, saved)
+    tracker = _tracker(config, plan, run_dir, world, saved)
     the_loop = _loop(config, plan, engine, world, stop, tracker, run_dir, identity)
     if resume_from:
         tuning.check_adapters(engine.module.model, saved["adapters"])
@@ -89,7 +89,7 @@ def _run(config: Config, place: Place) -> int:
     signal = the_loop.run()
     if signal is None and config.train.export:
         _export(plan, the_loop)
-    code = _conclude(run_dir, signal, world, tracker)
+    code = _conclude(plan, run_dir, signal, world, tracker)
     leave()
     return code
 
@@ -123,7 +123,8 @@ def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_d
         engine=engine,
         loader=assemble.loader(plan, world),
         evaluator=assemble.evaluator(config, plan, world),
-        schedule=Schedule(config.schedule, plan.total_steps),
+        metrics=plan.metrics,
+        schedule=Schedule(config.schedule, plan.total_steps, plan.metrics[config.schedule.metric].better),
         tracker=tracker,
         world=world,
         stop=stop,
@@ -156,7 +157,7 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
             plain = yaml.safe_load(load.to_yaml(config))
             # a run that begins from another's checkpoint is a run of its own
             run_id = None if foreign else saved.get("wandb_id")
-            tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, run_id, tracker.note))
+            tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, run_id, plan.metrics, tracker.note))
         write_json(run_dir / "environment.json", environment)
         packing = plan.planner.describe() | ({"why": plan.why} if plan.why else {})
         new_tokens = plan.model.words.audit(plan.train_set.entry.columns["ids"].data)
@@ -179,10 +180,11 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
         tracker.note(f"resuming from {resume_from} at step {saved['step']}{again}")
 
 
-def _tracker(config: Config, run_dir: Path, world: World, total_steps: int, saved: dict[str, Any]):
+def _tracker(config: Config, plan: Plan, run_dir: Path, world: World, saved: dict[str, Any]):
     if not world.is_main:
         return NullTracker()
-    return Tracker(run_dir, Progress(total_steps, saved.get("step", 0), config.tracking.progress))
+    progress = Progress(plan.metrics, plan.total_steps, saved.get("step", 0), config.tracking.progress)
+    return Tracker(run_dir, plan.metrics, progress)
 
 
 def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, audit: dict[str, Any]) -> None:
@@ -249,13 +251,13 @@ def _export(plan: Plan, the_loop: loop.Loop) -> None:
     the_loop.tracker.note(f"exported {directory}; {report}")
 
 
-def _conclude(run_dir: Path, signal: str | None, world: World, tracker) -> int:
+def _conclude(plan: Plan, run_dir: Path, signal: str | None, world: World, tracker) -> int:
     """Write the report, show the result, say how to go on."""
     if world.is_main:
         tracker.finish()
-        write_report(run_dir)
+        write_report(run_dir, plan.metrics)
         if signal:
             print(f"stopped by {signal}; the same command goes on from the checkpoint", file=sys.stderr)
         else:
-            Console(stderr=True).print(summary(run_dir))
+            Console(stderr=True).print(summary(run_dir, plan.metrics))
     return REQUEUE_CODE if signal else 0

@@ -46,7 +46,7 @@ def check(
     ds: dict[str, Any],
     world_size: int,
     tasks: Mapping[str, Collection[str]],
-    metric_names: Collection[str],
+    metrics: Collection[str],
     given: Collection[str] | None = None,
 ) -> list[str]:
     """Refuse settings that contradict each other, or that have no effect where they are given.
@@ -56,7 +56,7 @@ def check(
         ds: What the DeepSpeed JSON holds.
         world_size: Data-parallel ranks.
         tasks: Name of each task -> settings that it reads and some others do not.
-        metric_names: Declared metrics; those of an evaluation begin with `eval/`.
+        metrics: Those of an evaluation by which one value is better than another.
         given: Settings and groups on the command line; None counts whatever differs from the schema as given.
 
     Returns:
@@ -73,7 +73,7 @@ def check(
         *_data(config),
         *_tuning(config),
         *_warmup(config.schedule),
-        *_metric_names(config, [name for name in metric_names if name.startswith("eval/")]),
+        *_metric_names(config, metrics),
         *_zero(config, ds),
         *_resume(config.train),
         *_batch(config.batch, world_size),
@@ -278,13 +278,13 @@ def _warmup(schedule: ScheduleConfig) -> Iterator[str]:
         )
 
 
-def _metric_names(config: Config, names: list[str]) -> Iterator[str]:
+def _metric_names(config: Config, names: Collection[str]) -> Iterator[str]:
     for knob in ("train.best_metric", "schedule.metric"):
         name = attrgetter(knob)(config)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
-            yield f"{knob}={name} is no metric of an evaluation: {hint}"
+            yield f"{knob}={name} is no metric of an evaluation that gets better or worse: {hint}"
 
 
 def _zero(config: Config, ds: dict[str, Any]) -> Iterator[str]:

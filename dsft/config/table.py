@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
@@ -32,10 +33,18 @@ def markdown_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str) -> str:
-    """`text` with what stands between its two MARKs replaced by the table of today."""
-    before, _, after = text.split(MARK)
-    return f"{before}{MARK}\n{markdown_table()}\n{MARK}{after}"
+def with_table(text: str, mark: str = MARK, table: Callable[[], str] = markdown_table) -> str:
+    """`text` with what stands between its two `mark`s replaced by the table of today."""
+    before, _, after = text.split(mark)
+    return f"{before}{mark}\n{table()}\n{mark}{after}"
+
+
+def main(files: list[str], mark: str = MARK, table: Callable[[], str] = markdown_table) -> None:
+    """Put the table into each file, or print it where there is none."""
+    if not files:
+        print(table(), end="")
+    for file in map(Path, files):
+        file.write_text(with_table(file.read_text(encoding="utf-8"), mark, table), encoding="utf-8")
 
 
 def docstrings(section: type) -> dict[str, str]:
@@ -75,7 +84,4 @@ def _choices(hint: Any) -> str:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        print(markdown_table(), end="")
-    for file in map(Path, sys.argv[1:]):
-        file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")
+    main(sys.argv[1:])

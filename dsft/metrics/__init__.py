@@ -1,6 +1,8 @@
-"""Metrics: their names and units, and the sums they are made of."""
+"""Metrics: what is declared of each number, and the sums that it is formed from."""
 
-from dsft.metrics.names import METRICS, Metric
+from dsft.metrics.declared import comparable, declare
+from dsft.metrics.ledger import Ledger
+from dsft.metrics.metric import Metric, Reduction, Row, form
 from dsft.metrics.tally import Tally
 
-__all__ = ["METRICS", "Metric", "Tally"]
+__all__ = ["Ledger", "Metric", "Reduction", "Row", "Tally", "comparable", "declare", "form"]

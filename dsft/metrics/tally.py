@@ -24,3 +24,7 @@ class Tally:
         """Add `other` to this tally in place, without a device synchronisation."""
         for name, value in other.sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self) -> dict[str, float]:
+        """The sums as numbers; waits for the device."""
+        return {name: float(value) for name, value in self.sums.items()}

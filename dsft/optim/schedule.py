@@ -15,7 +15,6 @@ from torch.optim import lr_scheduler
 from dsft.config.effect import warmup_steps
 from dsft.config.schema import ScheduleConfig, ScheduleName, Unit
 from dsft.errors import UserError
-from dsft.metrics import METRICS
 
 
 def _drive(kind: type[lr_scheduler.LRScheduler], **settings: Any) -> lr_scheduler.LRScheduler:
@@ -28,20 +27,20 @@ def _drive(kind: type[lr_scheduler.LRScheduler], **settings: Any) -> lr_schedule
 
 
 _BODIES = {
-    ScheduleName.constant: lambda config, steps: _drive(lr_scheduler.ConstantLR, factor=1.0),
-    ScheduleName.linear: lambda config, steps: _drive(
+    ScheduleName.constant: lambda config, steps, better: _drive(lr_scheduler.ConstantLR, factor=1.0),
+    ScheduleName.linear: lambda config, steps, better: _drive(
         lr_scheduler.LinearLR, start_factor=1.0, end_factor=config.min_lr_ratio, total_iters=steps
     ),
-    ScheduleName.cosine: lambda config, steps: _drive(
+    ScheduleName.cosine: lambda config, steps, better: _drive(
         lr_scheduler.CosineAnnealingWarmRestarts, T_0=steps, eta_min=config.min_lr_ratio
     ),
-    ScheduleName.step: lambda config, steps: _drive(
+    ScheduleName.step: lambda config, steps, better: _drive(
         lr_scheduler.StepLR, step_size=config.step_size, gamma=config.gamma
     ),
-    ScheduleName.exponential: lambda config, steps: _drive(lr_scheduler.ExponentialLR, gamma=config.gamma),
-    ScheduleName.plateau: lambda config, steps: _drive(
+    ScheduleName.exponential: lambda config, steps, better: _drive(lr_scheduler.ExponentialLR, gamma=config.gamma),
+    ScheduleName.plateau: lambda config, steps, better: _drive(
         lr_scheduler.ReduceLROnPlateau,
-        mode="max" if config.metric in METRICS and METRICS[config.metric].greater_is_better else "min",
+        mode="max" if better == "higher" else "min",
         factor=config.gamma,
         patience=config.patience,
         threshold=0.0,
@@ -65,13 +64,14 @@ class Schedule:
     Args:
         config: The schedule's section of the config.
         total_steps: Optimizer steps of the whole run.
+        better: Which way `schedule.metric` improves, `lower` or `higher` (`Metric.better`).
 
     Attributes:
         steps: Optimizer steps applied.
     """
 
-    def __init__(self, config: ScheduleConfig, total_steps: int) -> None:
-        self._config, self._total = config, total_steps
+    def __init__(self, config: ScheduleConfig, total_steps: int, better: str = "lower") -> None:
+        self._config, self._total, self._better = config, total_steps, better
         self._warmup_steps = warmup_steps(config, total_steps)
         # With a warm-up longer than the run the body never begins; one step keeps its formulas finite.
         self._body_steps = max(1, total_steps - self._warmup_steps)
@@ -81,7 +81,7 @@ class Schedule:
     def _start(self) -> None:
         rise = max(1, self._warmup_steps)
         self._warmup = _drive(lr_scheduler.LinearLR, start_factor=1 / rise, total_iters=rise - 1)
-        self._body = _BODIES[self._config.name](self._config, self._body_steps)
+        self._body = _BODIES[self._config.name](self._config, self._body_steps, self._better)
         self.steps = 0
         self._ends: list[int] = []  # steps applied by the end of each epoch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 
 import numpy as np
@@ -87,10 +89,22 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
 
 
+def perplexity(loss: float, weight: float) -> float:
+    """exp of the mean; infinity beyond a float's range."""
+    return math.exp(loss / weight) if loss / weight < 700 else math.inf
+
+
 METRICS = {
-    "loss": Metric("nats per supervised token", "ratio"),
-    "perplexity": Metric("exp of eval/loss", "ratio"),
-    "token_accuracy": Metric("share of supervised tokens predicted first", "ratio", greater_is_better=True),
+    "loss": Metric("nats per supervised token", "Loss", "{:.4f}", ("loss", "weight"), operator.truediv, better="lower"),
+    "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
+    "token_accuracy": Metric(
+        "share of supervised tokens predicted first",
+        "Token accuracy",
+        "{:.2%}",
+        ("correct", "weight"),
+        operator.truediv,
+        better="higher",
+    ),
 }
 
 TASK = Task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from functools import lru_cache, partial
 
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dsft.errors import UserError
+from dsft.metrics import Metric
 from dsft.model.kind import MASKED
 from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
@@ -181,9 +183,34 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     }
 
 
-def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+def perplexity(loss: float, tokens: float) -> float | None:
+    """exp of the mean, infinity beyond a float's range; None of no tokens."""
+    if not tokens:
+        return None
+    return math.exp(loss / tokens) if loss / tokens < 700 else math.inf
 
+
+METRICS = {
+    "loss": Metric("nats per hidden token", "Loss", "{:.4f}", ("loss", "weight"), operator.truediv, better="lower"),
+    "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
+    "pseudo_perplexity": Metric(
+        "exp of nats per token",
+        "Pseudo-perplexity",
+        "{:,.4g}",
+        ("pseudo_loss", "pseudo_tokens"),
+        perplexity,
+        better="lower",
+        meaning="each token hidden alone (arXiv:1910.14659); left out with `eval.pseudo_perplexity=0`",
+    ),
+    "token_accuracy": Metric(
+        "share of hidden tokens predicted first",
+        "Token accuracy",
+        "{:.2%}",
+        ("correct", "weight"),
+        operator.truediv,
+        better="higher",
+    ),
+}
 
 TASK = Task(
     shapes={("text",): plain_text},
@@ -191,7 +218,7 @@ TASK = Task(
     inputs=inputs,
     loss=loss,
     kind=MASKED,
-    metrics={},
+    metrics=METRICS,
     target="masked_tokens",
     settings=frozenset(
         {"model.logits_chunk", "task.mask_share", "task.whole_words", "eval.pseudo_perplexity", "train.samples"}

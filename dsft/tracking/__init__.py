@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsft.metrics import Metric
 from dsft.runtime.files import write_json
 from dsft.tracking.jsonl import MetricsFile
 from dsft.tracking.progress import Progress
@@ -21,12 +22,15 @@ class Tracker:
 
     Args:
         run_dir: Holds `metrics.jsonl`, `samples.json` and `audit.json`.
+        metrics: All that the run declares, by name.
         progress: The bar and the messages.
         wandb: The W&B run, or None.
     """
 
-    def __init__(self, run_dir: Path, progress: Progress, wandb: WandbSink | None = None):
-        self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
+    def __init__(
+        self, run_dir: Path, metrics: Mapping[str, Metric], progress: Progress, wandb: WandbSink | None = None
+    ):
+        self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl", metrics)
         self._samples = Path(run_dir) / "samples.json"
         self._audit = Path(run_dir) / "audit.json"
         self._progress = progress
@@ -50,7 +54,7 @@ class Tracker:
         self._wandb = wandb
 
     def write(self, row: dict[str, float]) -> None:
-        """Record and show one row: `step` and metrics declared in `dsft.metrics.METRICS`, else ValueError."""
+        """Record and show one row: `step` and metrics that the run declares, else ValueError."""
         self._metrics.write(row)
         self._progress.update(row)
         if self._wandb:

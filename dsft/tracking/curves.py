@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Mapping
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dsft.metrics import Metric
 
 Rows = list[dict[str, float]]
 Series = tuple[list[float], list[float]]
@@ -21,24 +24,25 @@ COLOURS = {"#000001": "var(--ink)", "#000002": "var(--faint)", "#000003": "var(-
 INK, FAINT, TRAIN, EVAL = COLOURS
 
 
-def curves(rows: Rows) -> list[tuple[str, str]]:
+def curves(rows: Rows, metrics: Mapping[str, Metric]) -> list[tuple[str, str]]:
     """Draw what the rows hold.
 
     Args:
         rows: Rows of `metrics.jsonl`.
+        metrics: All that the run declares, by name.
 
     Returns:
         Title and SVG of each figure that has at least one finite point: loss, learning rate, gradient norm,
         throughput, step time.
     """
-    figures = [
-        ("Loss", _loss(rows)),
-        ("Learning rate", _line(rows, "train/lr", noisy=False)),
-        ("Gradient norm, before clipping", _line(rows, "train/grad_norm")),
-        ("Throughput, tokens per second", _line(rows, "time/tokens_per_second", from_zero=True)),
-        ("Seconds per step: mean, and from fastest to slowest rank", _step_time(rows)),
-    ]
-    return [(title, svg) for title, svg in figures if svg]
+    figures = {
+        "train/loss": _loss(rows),
+        "train/lr": _line(rows, "train/lr", noisy=False),
+        "train/grad_norm": _line(rows, "train/grad_norm"),
+        "time/tokens_per_second": _line(rows, "time/tokens_per_second", from_zero=True),
+        "time/step_seconds": _step_time(rows),
+    }
+    return [(f"{metrics[name].label}, {metrics[name].unit}", svg) for name, svg in figures.items() if svg]
 
 
 def series(rows: Rows, name: str) -> Series:

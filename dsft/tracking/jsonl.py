@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from numbers import Integral
 from pathlib import Path
 
 from dsft.errors import UserError
-from dsft.metrics import METRICS
 from dsft.runtime.files import write_bytes
 
 NONFINITE = "/nonfinite"
@@ -16,14 +16,19 @@ NONFINITE = "/nonfinite"
 
 
 class MetricsFile:
-    """One JSON object a line: `step` first, then metrics declared in `dsft.metrics.METRICS`.
+    """One JSON object a line: `step` first, then metrics that the run declares.
 
     JSON has no NaN and no infinity. Such a number is written as null, with its name in a second key, so that every
     JSON reader takes the line: `{"step": 3, "train/loss": null, "train/loss/nonfinite": "nan"}`.
+
+    Args:
+        path: The file.
+        declared: Names of metrics that may be written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, declared: Collection[str] = ()):
         self.path = Path(path)
+        self._declared = declared
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row. It is with the operating system on return, so that a killed process loses nothing.
@@ -34,6 +39,8 @@ class MetricsFile:
         Raises:
             ValueError: The step is missing, or a name is not declared.
         """
+        if undeclared := sorted(row.keys() - {*self._declared, "step"}):
+            raise ValueError(f"metrics that the run does not declare: {', '.join(undeclared)}")
         line = json.dumps(_encoded(row), ensure_ascii=False, allow_nan=False) + "\n"
         with open(self.path, "ab") as file:
             file.write(line.encode("utf-8"))
@@ -73,7 +80,7 @@ class MetricsFile:
         rows = [_parsed(line) for line in raw]
         if None in rows[:-1]:
             raise UserError(
-                f"{self.path}:{rows.index(None) + 1}: this line is no row of metrics. Mend or delete the line, or "
+                f"{self.path}:{rows.index(None) + 1}: this line is no row of metrics. Repair or delete the line, or "
                 "start in another run_dir."
             )
         return list(zip(raw, rows, strict=True))
@@ -91,8 +98,6 @@ def _parsed(line: bytes) -> dict | None:
 def _encoded(row: dict[str, float]) -> dict[str, int | float | str | None]:
     if "step" not in row:
         raise ValueError(f"a row of metrics has no step: {row}")
-    if undeclared := sorted(row.keys() - METRICS.keys() - {"step"}):
-        raise ValueError(f"metrics not declared in dsft.metrics.METRICS: {', '.join(undeclared)}")
     encoded: dict[str, int | float | str | None] = {"step": int(row["step"])}
     for name in (name for name in row if name != "step"):
         number = int(row[name]) if isinstance(row[name], Integral) else float(row[name])

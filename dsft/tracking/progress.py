@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
+
+from dsft.metrics import Metric, Row
 
 INTERVAL = 2.0
 """Seconds between plain lines about the same thing."""
@@ -18,6 +20,7 @@ class Progress:
     """The steps of a run, the work inside them, and messages between.
 
     Args:
+        metrics: All that the run declares, by name.
         total_steps: Optimizer steps of the whole run.
         initial: Steps done before, when a run goes on from a checkpoint.
         enabled: Whether steps and work are shown at all; messages always are.
@@ -27,12 +30,14 @@ class Progress:
 
     def __init__(
         self,
+        metrics: Mapping[str, Metric],
         total_steps: int,
         initial: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self._metrics = metrics
         self._stream = stream or sys.stderr
         self._clock = clock
         self._enabled = enabled
@@ -48,14 +53,14 @@ class Progress:
 
     def update(self, row: dict[str, float]) -> None:
         """Show a row of metrics: training numbers beside the bar, an evaluation on a line of its own."""
-        if "eval/loss" in row:
-            self.note(_evaluation(row))
+        if evaluation := self._said(row, Row.EVALUATION):
+            self.note(f"evaluation at step {row['step']}: {', '.join(evaluation)}")
         if not self._enabled:
             return
         if self._bar is not None:
             self._advance(row)
-        elif "train/loss" in row:
-            self._lines.offer(self._plain(row), last=row["step"] >= self._total)
+        elif training := self._said(row, Row.TRAINING):
+            self._lines.offer(self._plain(row, training), last=row["step"] >= self._total)
         self._start = self._start or (row["step"], self._clock())
 
     def note(self, message: str) -> None:
@@ -96,12 +101,12 @@ class Progress:
     def _advance(self, row: dict[str, float]) -> None:
         if row["step"] <= self._initial:
             self._bar.unpause()  # the clock of the ETA starts after the first evaluation, not before it
-        self._bar.set_postfix_str(", ".join(_training(row)) or self._bar.postfix or "", refresh=False)
+        self._bar.set_postfix_str(", ".join(self._said(row, Row.TRAINING)) or self._bar.postfix or "", refresh=False)
         self._bar.update(row["step"] - self._bar.n)
         self._bar.refresh()
 
-    def _plain(self, row: dict[str, float]) -> str:
-        parts = [f"step {row['step']}/{self._total}", *_training(row)]
+    def _plain(self, row: dict[str, float], training: list[str]) -> str:
+        parts = [f"step {row['step']}/{self._total}", *training]
         first, since = self._start or (row["step"], 0.0)
         if row["step"] > first:
             seconds = (self._clock() - since) / (row["step"] - first) * (self._total - row["step"])
@@ -117,6 +122,14 @@ class Progress:
             lines.offer(f"{description}: {done}/{total}", last=done >= total)
 
         return advance
+
+    def _said(self, row: dict[str, float], kind: Row) -> list[str]:
+        """What of a row is worth a place beside the bar, in the order of declaration."""
+        shown = [self._metrics[name].beside_the_bar(row[name]) for name in self._of(kind) if name in row]
+        return [text for text in shown if text]
+
+    def _of(self, kind: Row) -> list[str]:
+        return [name for name, metric in self._metrics.items() if metric.row is kind]
 
     def _line(self, message: str) -> None:
         self._stream.write(message + "\n")
@@ -141,25 +154,3 @@ class _Lines:
         if self._held is not None:
             self._write(self._held)
             self._held, self._next = None, self._clock() + INTERVAL
-
-
-def _training(row: dict[str, float]) -> list[str]:
-    """What of a row is worth a place beside the bar, in the order a person looks for it."""
-    shown = {
-        "train/loss": "loss {:.4f}",
-        "time/tokens_per_second": "{:,.0f} tokens/s",
-        "train/lr": "lr {:.2e}",
-        "train/grad_norm": "grad norm {:.3g}",
-        "train/skipped_steps": "{:.0f} skipped" if row.get("train/skipped_steps") else "",
-    }
-    return [form.format(row[name]) for name, form in shown.items() if form and name in row]
-
-
-def _evaluation(row: dict[str, float]) -> str:
-    parts = {
-        "eval/loss": "loss {:.4f}",
-        "eval/perplexity": "perplexity {:.4g}",
-        "eval/token_accuracy": "accuracy {:.2%}",
-    }
-    numbers = ", ".join(form.format(row[name]) for name, form in parts.items() if name in row)
-    return f"evaluation at step {row['step']}: {numbers}"

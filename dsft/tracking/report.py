@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -16,24 +17,23 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dsft.metrics import Metric, Reduction, Row
 from dsft.runtime.files import write_text
 from dsft.tracking.curves import curves
 from dsft.tracking.jsonl import MetricsFile
 
-EVALUATION = {
-    "eval/loss": ("Loss", "{:.4f}"),
-    "eval/perplexity": ("Perplexity", "{:,.4g}"),
-    "eval/token_accuracy": ("Token accuracy", "{:.2%}"),
-    "eval/examples": ("Examples", "{:,.0f}"),
-}
-"""Evaluation metrics worth a headline: label and format."""
+Metrics = Mapping[str, Metric]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, metrics: Metrics) -> Path:
     """Write `run_dir/report.html`: one file that needs no other, no network and no script.
 
     Drawn from `metrics.jsonl`, `audit.json`, `config.yaml`, `environment.json` and `samples.json`; what is missing is
     left out.
+
+    Args:
+        run_dir: The run's directory.
+        metrics: All that the run declares, by name.
 
     Returns:
         Path of the report.
@@ -52,10 +52,10 @@ def write_report(run_dir: Path) -> Path:
     )
     html = page.render(
         name=config.get("name", run_dir.resolve().name),
-        facts=_facts(rows, config, environment, run_dir),
-        evaluation=_evaluation(rows),
-        span=_span(rows),
-        figures=[(title, Markup(svg)) for title, svg in curves(rows)],
+        facts=_facts(rows, metrics, config, environment, run_dir),
+        evaluation=_evaluation(rows, metrics),
+        span=_span(rows, metrics),
+        figures=[(title, Markup(svg)) for title, svg in curves(rows, metrics)],
         samples=_samples(run_dir),
         audit=_flat({key: value for key, value in audit.items() if key != "example"}),
         example=audit.get("example") or [],
@@ -66,13 +66,13 @@ def write_report(run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-def summary(run_dir: Path) -> Group:
+def summary(run_dir: Path, metrics: Metrics) -> Group:
     """What a run changed, for `rich.console.Console.print`: evaluation and one answer, before and after."""
     run_dir = Path(run_dir)
     rows = MetricsFile(run_dir / "metrics.jsonl").rows()
     parts: list[Any] = []
-    if evaluation := _evaluation(rows):
-        first, last = _span(rows)
+    if evaluation := _evaluation(rows, metrics):
+        first, last = _span(rows, metrics)
         table = Table("evaluation", f"before (step {first})", f"after (step {last})", "change", title_justify="left")
         for line in evaluation:
             table.add_row(line["label"], line["before"], line["after"], line["change"])
@@ -87,40 +87,45 @@ def summary(run_dir: Path) -> Group:
     return Group(*parts)
 
 
-def _span(rows: list[dict]) -> tuple[int, int] | None:
+def _of(metrics: Metrics, kind: Row) -> dict[str, Metric]:
+    """The metrics of a kind of row that a person wants to see first."""
+    return {name: metric for name, metric in metrics.items() if metric.row is kind and metric.headline}
+
+
+def _span(rows: list[dict], metrics: Metrics) -> tuple[int, int] | None:
     """Steps of the first and the last evaluation."""
-    steps = [row["step"] for row in rows if "eval/loss" in row]
+    steps = [row["step"] for row in rows if row.keys() & _of(metrics, Row.EVALUATION).keys()]
     return (steps[0], steps[-1]) if steps else None
 
 
-def _evaluation(rows: list[dict]) -> list[dict[str, str]]:
+def _evaluation(rows: list[dict], metrics: Metrics) -> list[dict[str, str]]:
     """A line for each evaluation metric: label, before, after, change, and whether it got better."""
     lines = []
-    for name, (label, form) in EVALUATION.items():
+    for name, metric in _of(metrics, Row.EVALUATION).items():
         values = [row[name] for row in rows if name in row]
         if values:
             before, after = values[0], values[-1]
             lines.append(
                 {
-                    "label": label,
-                    "before": form.format(before),
-                    "after": form.format(after),
-                    "change": _change(name, before, after) if len(values) > 1 else "",
-                    "better": after > before if name == "eval/token_accuracy" else after < before,
+                    "label": metric.label,
+                    "before": metric.shown(before),
+                    "after": metric.shown(after),
+                    "change": _change(metric, before, after) if len(values) > 1 else "",
+                    "better": metric.better is not None and metric.gain(after, before) > 0,
                 }
             )
     return lines
 
 
-def _change(name: str, before: float, after: float) -> str:
-    if name == "eval/examples" or not (math.isfinite(before) and math.isfinite(after) and before):
+def _change(metric: Metric, before: float, after: float) -> str:
+    if metric.better is None or not (math.isfinite(before) and math.isfinite(after) and before):
         return ""
-    if name == "eval/token_accuracy":
+    if metric.shown(1.0).endswith("%"):
         return f"{100 * (after - before):+.1f} points"
     return f"{(after - before) / before:+.1%}"
 
 
-def _facts(rows: list[dict], config: dict, environment: dict, run_dir: Path) -> list[tuple[str, str]]:
+def _facts(rows: list[dict], metrics: Metrics, config: dict, environment: dict, run_dir: Path) -> list[tuple[str, str]]:
     """Label and value of what a person wants to know first about a run."""
     data, model = config.get("data") or {}, config.get("model") or {}
     facts = {
@@ -131,22 +136,17 @@ def _facts(rows: list[dict], config: dict, environment: dict, run_dir: Path) -> 
         "Ranks": environment.get("world_size"),
         "Time": _duration(rows),
         "Steps": f"{rows[-1]['step']:,}" if rows else None,
-        "Tokens": _last(rows, "train/tokens", "{:,.0f}"),
-        "Supervised tokens": _last(rows, "train/supervised_tokens", "{:,.0f}"),
-        "Skipped steps": _last(rows, "train/skipped_steps", "{:,.0f}"),
-        "Peak memory": _peak_memory(rows),
+        **{metric.label: _overall(rows, name, metric) for name, metric in _of(metrics, Row.TRAINING).items()},
     }
     return [(label, str(value)) for label, value in facts.items() if value is not None]
 
 
-def _last(rows: list[dict], name: str, form: str) -> str | None:
+def _overall(rows: list[dict], name: str, metric: Metric) -> str | None:
+    """The last value, or the largest of what is the largest of all ranks: a run may have gone on in a new process."""
     values = [row[name] for row in rows if name in row]
-    return form.format(values[-1]) if values else None
-
-
-def _peak_memory(rows: list[dict]) -> str | None:
-    peaks = [row["memory/peak_bytes"] for row in rows if "memory/peak_bytes" in row]
-    return f"{max(peaks) / 2**30:.2f} GiB per rank" if peaks else None
+    if not values:
+        return None
+    return metric.shown(max(values) if metric.reduction is Reduction.MAX else values[-1])
 
 
 def _duration(rows: list[dict]) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsft.config.schema import TrackingConfig
+from dsft.metrics import Metric, comparable
 
 TIMEOUT = 60.0
 """Seconds that W&B may keep the run waiting, at its start and at its end."""
@@ -25,6 +26,7 @@ class WandbSink:
         name: Name of the run.
         config: The composed config as plain values.
         run_id: Id of the W&B run to go on with, from the checkpoint; None for a new one.
+        metrics: All that the run declares; of those by which evaluations are compared W&B shows the best value too.
         note: Told where the run is to be seen, and what failed.
     """
 
@@ -35,12 +37,13 @@ class WandbSink:
         name: str,
         config: dict[str, Any],
         run_id: str | None,
+        metrics: Mapping[str, Metric],
         note: Callable[[str], None],
     ):
         self.run_id = run_id
         self._note = note
         self._run = None
-        self._guard("init", lambda: self._init(section, run_dir, name, config))
+        self._guard("init", lambda: self._init(section, run_dir, name, config, metrics))
 
     def log(self, row: dict[str, float]) -> None:
         """Send a row of metrics under its step."""
@@ -64,7 +67,14 @@ class WandbSink:
             self._guard("finish", self._run.finish)
             self._run = None
 
-    def _init(self, section: TrackingConfig, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+    def _init(
+        self,
+        section: TrackingConfig,
+        run_dir: Path,
+        name: str,
+        config: dict[str, Any],
+        metrics: Mapping[str, Metric],
+    ) -> None:
         import wandb  # takes a second, and only those who ask for it need it
 
         wandb.setup(wandb.Settings(silent=True))
@@ -86,6 +96,9 @@ class WandbSink:
                 finish_timeout_raises=True,
             ),
         )
+        for metric in comparable(metrics):
+            best = "min" if metrics[metric].better == "lower" else "max"
+            run.define_metric(metric, summary=f"last,{best}")
         self._run, self.run_id = run, run.id
         if not run.disabled:
             offline = f"offline, send it with `wandb sync {Path(run.dir).parent}`"

@@ -210,7 +210,7 @@ def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: i
 
     data = Examples(tiny.examples(examples))
     with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(data, tiny.collator(), world, micro_batch_size, 96)
+        evaluator = Evaluator(data, tiny.collator(), world, tiny.METRICS, micro_batch_size, 96)
         return evaluator.metrics(made, NullTracker().bar)
 
 
@@ -276,7 +276,7 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers of 8 tokens."""
     with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(_prompts(prompts), sampling(len(prompts), 8), world, None, 96, stop)
+        evaluator = Evaluator(_prompts(prompts), sampling(len(prompts), 8), world, tiny.METRICS, None, 96, stop)
         answers, problems = evaluator.answers(made)
         assert not problems, problems
         return [sample["answer"] for sample in answers]
@@ -292,7 +292,7 @@ def failing_samples(world, *, model_dir: str, failing: list[int], where: str, **
     evaluate.PATIENCE = 2.5
     data = Examples(tiny.examples(8))
     with engine(world, model_dir, micro_batch_size=4, **options) as made:
-        evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), sampling(2, 4), world, None, 96)
+        evaluator = Evaluator(_prompts([[5, 6, 7], [8, 9]]), sampling(2, 4), world, tiny.METRICS, None, 96)
         model, calls = made.module.model, []
 
         def fail(*_):

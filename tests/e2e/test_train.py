@@ -6,6 +6,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import tiny
 import torch
 import yaml
 from peft import PeftModel
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsft import checkpoint
 from dsft.commands.export import export
-from dsft.metrics import METRICS
 
 CHAT = [{"role": "user", "content": "月亮在哪里 ？"}]
 
@@ -97,15 +97,17 @@ def test_the_run_directory_holds_what_is_documented(full):
 
 def test_every_row_of_metrics_is_declared_and_complete(full):
     rows = helpers.rows(full[0])
-    assert all(row.keys() - {"step"} <= METRICS.keys() for row in rows)
+    assert all(row.keys() - {"step"} <= tiny.METRICS.keys() for row in rows)
     training = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, 11))
-    always = {name for name in METRICS if name.startswith(("train/", "time/step", "memory/"))} - {"train/loss_scale"}
+    always = {name for name in tiny.METRICS if name.startswith(("train/", "time/step", "memory/"))} - {
+        "train/loss_scale"
+    }
     assert all(always <= row.keys() for row in training)
     evaluations = [row for row in rows if "eval/loss" in row]
     assert [row["step"] for row in evaluations] == [0, 4, 8, 10]
     assert all(row["eval/examples"] == 11 for row in evaluations)
-    assert {name for name in METRICS if name.startswith("eval/")} <= evaluations[0].keys()
+    assert {name for name in tiny.METRICS if name.startswith("eval/")} <= evaluations[0].keys()
 
 
 def test_the_model_is_that_of_the_last_step(full, base):

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import tiny
 
 from dsft.config.check import BatchSizes, check, check_model, check_rotation, resolve_batch
 from dsft.config.load import knobs
@@ -18,7 +19,7 @@ from dsft.config.schema import (
     Source,
 )
 from dsft.errors import UserError
-from dsft.metrics import METRICS
+from dsft.metrics import comparable
 from dsft.tasks import SETTINGS
 
 CPU = {"device": "cpu"}
@@ -40,7 +41,13 @@ def config(**settings) -> Config:
 
 def complaints(ds=None, world_size=2, **settings) -> list[str]:
     try:
-        check(config(**settings), ds or {"zero_optimization": {"stage": 2}}, world_size, SETTINGS, METRICS)
+        check(
+            config(**settings),
+            ds or {"zero_optimization": {"stage": 2}},
+            world_size,
+            SETTINGS,
+            comparable(tiny.METRICS),
+        )
     except UserError as error:
         return str(error).splitlines()
     return []
@@ -102,6 +109,7 @@ def test_all_failures_are_told_together():
         ),
         ({"train__best_metric": "eval/los"}, ["train.best_metric=eval/los", "did you mean eval/loss?"]),
         ({"train__best_metric": "train/loss"}, ["train.best_metric=train/loss", "eval/loss"]),
+        ({"train__best_metric": "eval/examples"}, ["train.best_metric=eval/examples", "gets better or worse"]),
         (
             {"schedule__metric": "eval/accuracy", "schedule__name": ScheduleName.plateau},
             ["schedule.metric=eval/accuracy", "did you mean eval/token_accuracy?"],

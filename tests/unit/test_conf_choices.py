@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import tiny
 import yaml
 from omegaconf import OmegaConf
 
@@ -11,7 +12,7 @@ from dsft import ds_config
 from dsft.config import load
 from dsft.config.check import check
 from dsft.config.schema import Config
-from dsft.metrics import METRICS
+from dsft.metrics import comparable
 from dsft.tasks import SETTINGS
 
 load.register()
@@ -47,7 +48,7 @@ def compose(*overrides: str) -> Config:
 
 def sound(*overrides: str) -> Config:
     config = compose(*overrides)
-    check(config, ds_config.read(config.deepspeed.json), world_size=2, tasks=SETTINGS, metric_names=METRICS)
+    check(config, ds_config.read(config.deepspeed.json), world_size=2, tasks=SETTINGS, metrics=comparable(tiny.METRICS))
     return config
 
 

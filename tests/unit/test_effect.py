@@ -16,7 +16,7 @@ from dsft.config.check import check
 from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_task, by_tokens, enforce
 from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs, of_some_tasks
 from dsft.errors import UserError
-from dsft.metrics import METRICS
+from dsft.metrics import comparable
 from dsft.optim import Schedule
 from dsft.tasks import SETTINGS
 
@@ -101,9 +101,9 @@ def test_from_a_recipe_it_is_a_warning():
 def test_check_refuses_and_warns_at_once():
     made = config(tuning__rank=8, tracking__tags=["a"])
     ds = {"zero_optimization": {"stage": 2}}
-    assert len(check(made, ds, 1, SETTINGS, METRICS, frozenset())) == 2
+    assert len(check(made, ds, 1, SETTINGS, comparable(tiny.METRICS), frozenset())) == 2
     with pytest.raises(UserError, match=r"^tracking\.tags=\[a\] does nothing with tracking\.wandb=false") as caught:
-        check(made, ds, 1, SETTINGS, METRICS, {"tracking.tags"})
+        check(made, ds, 1, SETTINGS, comparable(tiny.METRICS), {"tracking.tags"})
     assert "tuning.rank" not in str(caught.value)
 
 

@@ -39,7 +39,7 @@ def answers(world, stage, generate):
             yield SimpleNamespace(model=model)
 
     data = cases._prompts([[5, 6, 7]])
-    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), world, None, 96)
+    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), world, tiny.METRICS, None, 96)
     try:
         return evaluator.answers(SimpleNamespace(stage=stage, inference=inference))
     finally:
@@ -68,7 +68,7 @@ def test_under_zero_3_a_rank_that_fails_alone_ends_the_run_with_its_own_exceptio
 
 def test_a_prompt_that_fills_the_model_is_counted():
     data = cases._prompts([[5] * 400])
-    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), World(""), None, 96)
+    evaluator = evaluate.Evaluator(data, cases.sampling(1, 4), World(""), tiny.METRICS, None, 96)
     engine = SimpleNamespace(stage=2, inference=lambda: _inside(SimpleNamespace(model=tiny.llama())))
     assert evaluator.answers(engine) == ([], ["record 1: rank 1: ValueError: the prompt alone fills the model"])
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import tiny
 import torch
 
 from dsft import checkpoint, loop
 from dsft.config.schema import ScheduleConfig, ScheduleName, TrainConfig
 from dsft.data.loader import Step
 from dsft.errors import UserError
-from dsft.metrics import METRICS, Tally
+from dsft.metrics import Tally
 from dsft.optim import Schedule
 
 
@@ -107,6 +107,7 @@ def make(monkeypatch, tmp_path):
             engine=Engine(applied),
             loader=Loader(),
             evaluator=Evaluator(losses) if losses else None,
+            metrics=tiny.METRICS,
             schedule=Schedule(schedule or ScheduleConfig(name=ScheduleName.constant), total),
             tracker=Tracker(),
             world=World(),
@@ -149,7 +150,7 @@ def test_rows_hold_declared_metrics_and_the_last_step_is_always_logged(make):
     made = make(total=7, log_every=3)
     made.run()
     assert logged(made) == [3, 6, 7]
-    assert all(name in METRICS for row in made.tracker.rows for name in row if name != "step")
+    assert all(name in tiny.METRICS for row in made.tracker.rows for name in row if name != "step")
     assert made.tracker.rows[-1]["train/tokens"] == 70
     assert made.tracker.rows[-1]["train/loss"] == 2.0
 
@@ -191,15 +192,11 @@ def test_a_stop_request_saves_and_leaves(make):
     assert made.counters.finished is None
 
 
-def test_an_interval_survives_a_checkpoint(make):
-    """A checkpoint between two rows must not lose what has been summed since the first of them."""
-    made = make(total=6, log_every=3, save_every=4)
-    made.run()
-    interval = loop.Interval()
-    tally = Tally({"loss": torch.tensor(1.5, dtype=torch.float64)})
-    interval.add(tally, 0.5, 0.25, 7)
-    again = loop.Interval.of(interval.state_dict(), torch.device("cpu"))
-    assert again.state_dict() == interval.state_dict()
+def test_a_best_metric_that_evaluations_do_not_give_is_refused_before_the_first_step(make):
+    made = make(losses=[9] * 9, best_metric="eval/perplexity")
+    with pytest.raises(UserError, match=r"train\.best_metric=eval/perplexity.* one of eval/loss\."):
+        made.run()
+    assert made.counters.step == 0
 
 
 def test_no_validation_set_means_no_evaluation(make):
@@ -215,16 +212,6 @@ def test_samples_that_cannot_be_had_are_counted_and_do_not_end_a_run(make):
     warnings = [note for note in made.tracker.notes if note.startswith("warning: 2 of 2 samples")]
     assert len(warnings) == 2  # before the first step and at the end
     assert "rank 1: RuntimeError: out of memory" in warnings[0]
-
-
-def test_an_interval_with_a_nan_can_be_saved():
-    """Of a skipped step; JSON has no NaN."""
-    interval = loop.Interval()
-    interval.add(Tally({"loss": torch.tensor(torch.nan, dtype=torch.float64)}), 0.5, 0.25, 7)
-    state = json.loads(json.dumps(interval.state_dict(), allow_nan=False))
-    assert math.isnan(float(loop.Interval.of(state, torch.device("cpu")).tally.sums["loss"]))
-    state["sums"] = {"loss": 1.5}  # as earlier checkpoints have it
-    assert float(loop.Interval.of(state, torch.device("cpu")).tally.sums["loss"]) == 1.5
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best(make):

@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import tiny
 from rich.console import Console
 
 from dsft.tracking.curves import LIMIT, curves, series
@@ -49,7 +50,7 @@ def training(step):
 def run_dir(tmp_path_factory):
     """A small whole run, its texts full of characters that HTML and rich would take for their own."""
     tmp_path = tmp_path_factory.mktemp("run")
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", tiny.METRICS)
     for row in (evaluation(0, 2.0, 0.4), *map(training, range(1, 41)), evaluation(40, 1.0, 0.65)):
         metrics.write(row)
     files = {
@@ -72,7 +73,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def html(run_dir):
-    path = write_report(run_dir)
+    path = write_report(run_dir, tiny.METRICS)
     assert path == run_dir / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -136,35 +137,35 @@ def test_any_file_may_be_missing(run_dir, tmp_path, missing):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n', encoding="utf-8")
     (tmp_path / missing).unlink()
-    Balance(write_report(tmp_path).read_text(encoding="utf-8"))
-    Console(file=io.StringIO()).print(summary(tmp_path))
+    Balance(write_report(tmp_path, tiny.METRICS).read_text(encoding="utf-8"))
+    Console(file=io.StringIO()).print(summary(tmp_path, tiny.METRICS))
 
 
 def test_an_empty_run_directory_has_a_report_named_after_it(tmp_path):
-    html = write_report(tmp_path).read_text(encoding="utf-8")
+    html = write_report(tmp_path, tiny.METRICS).read_text(encoding="utf-8")
     assert f"<h1>{tmp_path.name}</h1>" in html and "No metrics were recorded" in html
 
 
 def test_nonfinite_numbers_leave_a_gap_and_are_named(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", tiny.METRICS)
     metrics.write({"step": 0, "eval/loss": 800.0, "eval/perplexity": math.inf, "eval/token_accuracy": 0.0})
     metrics.write({"step": 1, "train/loss": math.nan})
     metrics.write({"step": 1, "eval/loss": math.nan, "eval/perplexity": math.nan, "eval/token_accuracy": 0.0})
-    html = write_report(tmp_path).read_text(encoding="utf-8")
+    html = write_report(tmp_path, tiny.METRICS).read_text(encoding="utf-8")
     assert "inf →" in html and "nan" in html and html.count("<svg") == 1
 
 
 def test_one_point_is_enough_for_a_figure():
-    titles = [title for title, _ in curves([training(1)])]
-    assert titles[0] == "Loss" and len(titles) == 5
+    titles = [title for title, _ in curves([training(1)], tiny.METRICS)]
+    assert titles[0] == "Loss, nats per supervised token" and len(titles) == 5
 
 
 def test_a_long_run_stays_small_and_keeps_its_spikes():
     rows = [training(step) for step in range(1, 10_001)]
     rows[7_003]["train/grad_norm"] = 50.0
-    figures = dict(curves(rows))
+    figures = dict(curves(rows, tiny.METRICS))
     assert sum(map(len, figures.values())) < 150 * LIMIT
-    assert re.search(r">50<", figures["Gradient norm, before clipping"])
+    assert re.search(r">50<", figures["Gradient norm, 2-norm before clipping"])
 
 
 def test_series_skips_what_cannot_be_drawn():
@@ -173,7 +174,7 @@ def test_series_skips_what_cannot_be_drawn():
 
 
 def test_the_screen_shows_before_and_after_side_by_side(run_dir, capsys):
-    Console(width=100).print(summary(run_dir))
+    Console(width=100).print(summary(run_dir, tiny.METRICS))
     shown = capsys.readouterr().out
     assert re.search(r"Loss .* 2\.0000 .* 1\.0000 .* -50\.0%", shown)
     assert re.search(r"before \(step 0\) .* earlier", shown)

@@ -116,7 +116,7 @@ def test_plateau_decays_when_patience_is_over_and_stops_at_its_floor():
 @pytest.mark.parametrize(("metric", "rises_are_good"), [("eval/loss", False), ("eval/token_accuracy", True)])
 def test_plateau_knows_which_way_a_metric_improves(metric, rises_are_good):
     config = ScheduleConfig(name=PLATEAU, gamma=0.5, patience=0, metric=metric)
-    schedule = Schedule(config, total_steps=10)
+    schedule = Schedule(config, 10, "higher" if rises_are_good else "lower")
     for value in [0.1, 0.2, 0.3]:
         schedule.evaluated({metric: value})
     assert schedule.multiplier == (1 if rises_are_good else 0.25)

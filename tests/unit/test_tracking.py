@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
+import tiny
 from tqdm import tqdm
 
 from dsft.config.schema import TrackingConfig
@@ -24,7 +25,7 @@ from dsft.tracking import MetricsFile, NullTracker, Progress, Tracker, WandbSink
 
 @pytest.fixture
 def metrics(tmp_path):
-    return MetricsFile(tmp_path / "metrics.jsonl")
+    return MetricsFile(tmp_path / "metrics.jsonl", tiny.METRICS)
 
 
 class Terminal(io.StringIO):
@@ -76,7 +77,7 @@ def test_nonfinite_numbers_are_strict_json_and_come_back(metrics):
     "row", [{"step": 1, "train/los": 1.0}, {"step": 1, "loss/nonfinite": 1.0}, {"train/loss": 1.0}]
 )
 def test_undeclared_names_and_missing_steps_are_refused(metrics, row):
-    with pytest.raises(ValueError, match="not declared|no step"):
+    with pytest.raises(ValueError, match="does not declare|no step"):
         metrics.write(row)
     assert not metrics.path.exists()
 
@@ -125,7 +126,7 @@ def test_sigkill_loses_no_row(metrics):
     script = (
         "import os, signal, sys\n"
         "from dsft.tracking.jsonl import MetricsFile\n"
-        "metrics = MetricsFile(sys.argv[1])\n"
+        "metrics = MetricsFile(sys.argv[1], ['train/loss'])\n"
         "for step in range(20): metrics.write({'step': step, 'train/loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -140,7 +141,7 @@ def test_sigkill_loses_no_row(metrics):
 
 def test_plain_lines_are_whole_spaced_and_end_with_the_last():
     stream, clock = io.StringIO(), Clock()
-    progress = Progress(100, stream=stream, clock=clock)
+    progress = Progress(tiny.METRICS, 100, stream=stream, clock=clock)
     progress.update({"step": 0, "eval/loss": 2.0, "eval/perplexity": 7.389, "eval/token_accuracy": 0.5})
     for step in range(1, 101):
         clock.now += 0.1
@@ -148,7 +149,7 @@ def test_plain_lines_are_whole_spaced_and_end_with_the_last():
         progress.update(row | {"train/skipped_steps": step // 100})
     progress.close()
     lines = stream.getvalue().splitlines(keepends=True)
-    assert lines[0] == "evaluation at step 0: loss 2.0000, perplexity 7.389, accuracy 50.00%\n"
+    assert lines[0] == "evaluation at step 0: loss 2.0000, perplexity 7.389, token accuracy 50.00%\n"
     assert lines[1] == "step 1/100, loss 1.5000, 1,234 tokens/s, lr 1.00e-04, ETA 00:09\n"
     assert lines[-1] == "step 100/100, loss 1.5000, 1,234 tokens/s, lr 1.00e-04, 1 skipped, ETA 00:00\n"
     assert 5 <= len(lines) <= 7
@@ -157,7 +158,7 @@ def test_plain_lines_are_whole_spaced_and_end_with_the_last():
 
 def test_a_run_that_stops_early_still_shows_its_last_step():
     stream = io.StringIO()
-    progress = Progress(100, initial=40, stream=stream, clock=Clock())
+    progress = Progress(tiny.METRICS, 100, initial=40, stream=stream, clock=Clock())
     for step in (41, 42, 43):
         progress.update({"step": step, "train/loss": 1.0})
     progress.close()
@@ -166,7 +167,7 @@ def test_a_run_that_stops_early_still_shows_its_last_step():
 
 def test_work_inside_a_step_is_counted_in_plain_lines():
     stream, clock = io.StringIO(), Clock()
-    with Progress(1, stream=stream, clock=clock).bar("evaluate", 10) as advance:
+    with Progress(tiny.METRICS, 1, stream=stream, clock=clock).bar("evaluate", 10) as advance:
         for _ in range(10):
             clock.now += 0.5
             advance(1)
@@ -177,7 +178,7 @@ def test_a_terminal_gets_a_bar_and_notes_on_lines_of_their_own(monkeypatch):
     # a bar that another test's mistake cut short would push this one down a line
     monkeypatch.setattr(tqdm, "_instances", WeakSet(), raising=False)
     stream = Terminal()
-    progress = Progress(10, stream=stream)
+    progress = Progress(tiny.METRICS, 10, stream=stream)
     progress.update({"step": 0, "eval/loss": 2.0})
     progress.update({"step": 4, "train/loss": 1.25, "time/tokens_per_second": 99.0})
     progress.note("注意")
@@ -192,7 +193,7 @@ def test_a_terminal_gets_a_bar_and_notes_on_lines_of_their_own(monkeypatch):
 
 def test_disabled_progress_still_passes_messages_on():
     for stream in (io.StringIO(), Terminal()):
-        progress = Progress(10, enabled=False, stream=stream)
+        progress = Progress(tiny.METRICS, 10, enabled=False, stream=stream)
         progress.update({"step": 1, "train/loss": 1.0})
         with progress.bar("evaluate", 3) as advance:
             advance(3)
@@ -245,13 +246,17 @@ def test_without_a_key_wandb_records_offline_and_goes_on_under_the_same_id(no_cr
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(sys, "stdin", Terminal())
     notes: list[str] = []
-    sink = WandbSink(TrackingConfig(project="试"), tmp_path, "run", {"optim": {"lr": 0.5}}, None, notes.append)
+    sink = WandbSink(
+        TrackingConfig(project="试"), tmp_path, "run", {"optim": {"lr": 0.5}}, None, tiny.METRICS, notes.append
+    )
     sink.log({"step": 1, "train/loss": 2.5, "eval/perplexity": math.inf})
     sink.samples(1, [{"step": 1, "prompt": "你好", "reference": "r", "answer": "a"}])
     sink.audit({"records": {"kept": 3}})
     sink.finish()
     (tmp_path / "later").mkdir()  # W&B names its directories by the second, and this is the same one
-    again = WandbSink(TrackingConfig(project="试"), tmp_path / "later", "run", {}, sink.run_id, notes.append)
+    again = WandbSink(
+        TrackingConfig(project="试"), tmp_path / "later", "run", {}, sink.run_id, tiny.METRICS, notes.append
+    )
     again.log({"step": 7, "train/loss": 1.5})
     again.finish()
 
@@ -283,7 +288,8 @@ def broken_wandb(fails: str):
 
     run = SimpleNamespace(
         id="abc", url="http://x", dir="/x/files", offline=True, disabled=False,
-        log=call("log"), finish=call("finish"), summary=SimpleNamespace(update=call("audit")),
+        define_metric=call("define_metric"), log=call("log"), finish=call("finish"),
+        summary=SimpleNamespace(update=call("audit")),
     )  # fmt: skip
     return SimpleNamespace(
         Settings=lambda **kwargs: None,
@@ -297,9 +303,9 @@ def broken_wandb(fails: str):
 def test_a_wandb_that_fails_warns_once_and_the_run_goes_on(monkeypatch, tmp_path, fails):
     monkeypatch.setitem(sys.modules, "wandb", None if fails == "import" else broken_wandb(fails))
     stream = io.StringIO()
-    progress = Progress(2, enabled=False, stream=stream)
-    sink = WandbSink(TrackingConfig(), tmp_path, "run", {}, "abc", progress.note)
-    tracker = Tracker(tmp_path, progress, sink)
+    progress = Progress(tiny.METRICS, 2, enabled=False, stream=stream)
+    sink = WandbSink(TrackingConfig(), tmp_path, "run", {}, "abc", tiny.METRICS, progress.note)
+    tracker = Tracker(tmp_path, tiny.METRICS, progress, sink)
     for step in (1, 2):
         tracker.write({"step": step, "train/loss": 1.0})
         tracker.samples(step, [{"prompt": "p", "reference": "r", "answer": "a"}])
@@ -322,14 +328,14 @@ def test_metrics_are_on_disk_before_anyone_sees_them(tmp_path):
     def count(row):
         seen.append(len(MetricsFile(tmp_path / "metrics.jsonl").rows()))
 
-    tracker = Tracker(tmp_path, SimpleNamespace(update=count), SimpleNamespace(log=count))
+    tracker = Tracker(tmp_path, tiny.METRICS, SimpleNamespace(update=count), SimpleNamespace(log=count))
     tracker.write({"step": 1, "train/loss": 1.0})
     assert seen == [1, 1]
 
 
 def test_samples_survive_a_resume_and_replay_nothing_twice(tmp_path):
     def tracker():
-        return Tracker(tmp_path, Progress(10, enabled=False))
+        return Tracker(tmp_path, tiny.METRICS, Progress(tiny.METRICS, 10, enabled=False))
 
     first = tracker()
     for step in (0, 4, 8):
