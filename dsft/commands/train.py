@@ -159,7 +159,7 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
             run_id = None if foreign else saved.get("wandb_id")
             tracker.attach(WandbSink(config.tracking, run_dir, config.name, plain, run_id, plan.metrics, tracker.note))
         write_json(run_dir / "environment.json", environment)
-        packing = plan.planner.describe() | ({"why": plan.why} if plan.why else {})
+        packing = plan.planner.describe(plan.sizes.micro_batch_size) | ({"why": plan.why} if plan.why else {})
         new_tokens = plan.model.words.audit(plan.train_set.entry.columns["ids"].data)
         audit = plan.audit | {"packing": packing, "new_tokens": new_tokens}
         _describe_run(config, plan.ds, run_dir, tracker, audit)

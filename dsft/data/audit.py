@@ -104,9 +104,10 @@ def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizer
         table.add_row(label, *cells)
     console.print(table)
     if packing := audit.get("packing"):
+        fill = f"{packing['row_fill']:.1%} full" if "row_fill" in packing else f"{packing['padding']:.1%} padding"
         console.print(
             f"packing={packing['packing']}: {packing['examples']:,} examples in {packing['rows']:,} rows, "
-            f"{packing['row_fill']:.1%} full; {packing['steps_per_epoch']:,} steps per epoch",
+            f"{fill}; {packing['steps_per_epoch']:,} steps per epoch",
             highlight=False,
         )
     for name, split in splits.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsft.data.pack import Planner, share
+from dsft.data.pack import Planner
 from dsft.errors import UserError
 from dsft.types import Batch, Example
 
@@ -113,7 +113,7 @@ class Loader:
     def _load(self, epoch: int, step: int) -> Step:
         rows = self._planner.step_rows(epoch, step)
         loads = [int(self._lengths[row].sum()) for row in rows]
-        bins = share(loads, self._world_size * self._accumulation, self._micro)
+        bins = self._planner.share(loads, self._world_size, self._accumulation, self._micro)
         mine = bins[self._rank :: self._world_size]
         everything = np.concatenate(rows)
         return Step(

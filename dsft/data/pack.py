@@ -59,23 +59,29 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def plan_epoch(lengths: np.ndarray, packing: Packing, capacity: int, window: int, seed: int, epoch: int) -> Plan:
+def plan_epoch(
+    lengths: np.ndarray, packing: Packing, capacity: int, window: int, seed: int, epoch: int, global_batch_size: int
+) -> Plan:
     """Shuffle the examples of one epoch and put them into rows.
 
     Args:
         lengths: Tokens of each example, shape (examples,).
-        packing: `none` makes every example a row; `bfd` packs within windows of the shuffled order.
+        packing: `none` and `padded` make every example a row, `padded` so that those of a step are alike in length;
+            `bfd` packs within windows of the shuffled order.
         capacity: Tokens of a row.
-        window: Examples that are packed together.
+        window: Examples that are packed, or grouped by length, together.
         seed: Seed of the run.
         epoch: Number of the epoch; each has its own order.
+        global_batch_size: Rows per optimizer step; it matters to `padded` alone.
 
     Returns:
         The plan; every example stands in exactly one row.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
-    if packing is Packing.none:
+    if packing is Packing.padded:
+        order = _grouped(order, lengths, window, global_batch_size, random)
+    if packing is not Packing.bfd:
         return Plan(order, np.arange(len(order) + 1))
     rows: list[np.ndarray] = []
     for begin in range(0, len(order), window):
@@ -86,19 +92,34 @@ def plan_epoch(lengths: np.ndarray, packing: Packing, capacity: int, window: int
     return Plan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
 
 
+def _grouped(order: np.ndarray, lengths: np.ndarray, window: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """The order with examples of like length brought together into steps of `size`, within windows of whole steps.
+
+    What is left over for the smaller last step is whatever the shuffle put last, so that it is of no special length.
+    """
+    whole = len(order) // size * size
+    window = max(window // size, 1) * size
+    parts = []
+    for begin in range(0, whole, window):
+        part = order[begin : min(begin + window, whole)]
+        steps = part[np.argsort(lengths[part], kind="stable")].reshape(-1, size)
+        parts.append(steps[random.permutation(len(steps))].ravel())
+    return np.concatenate([*parts, order[whole:]])
+
+
 class Planner:
     """The plans of all epochs of a run.
 
     Args:
         lengths: Tokens of each example.
-        packing: How rows are made.
+        packing: How rows are made; not `auto`.
         capacity: Tokens of a row.
         window: Examples that are packed together.
         seed: Seed of the run.
         global_batch_size: Rows per optimizer step.
 
     Attributes:
-        settings: What, beside the data, decides which examples make up which step; by knob.
+        settings: What, beside the data, decides which examples make up which step; by setting.
     """
 
     def __init__(
@@ -113,7 +134,9 @@ class Planner:
             "train.seed": seed,
             "batch.global_batch_size": global_batch_size,
         }
-        self.epoch = lru_cache(maxsize=2)(lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch))
+        self.epoch = lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(lengths, packing, capacity, window, seed, epoch, global_batch_size)
+        )
 
     def steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last one may be smaller than the others."""
@@ -126,17 +149,50 @@ class Planner:
             total, epoch = total + self.steps(epoch), epoch + 1
         return total if max_steps is None else min(total, max_steps)
 
-    def describe(self) -> dict[str, float | int | str]:
-        """The first epoch's packing, for the audit; `row_fill` is the share of a row of `max_length` that is used."""
-        rows = self.epoch(0).rows
+    def describe(self, micro_batch_size: int) -> dict[str, float | int | str]:
+        """The first epoch's packing, for the audit.
+
+        Where rows are flat, `row_fill` is the share of a row of `max_length` that is used; where they are padded,
+        `padding` is the share of all positions that are, in micro-batches of `micro_batch_size` rows.
+        """
+        rows, tokens = self.epoch(0).rows, int(self._lengths.sum())
+        fill = (
+            {"padding": 1 - tokens / self._positions(micro_batch_size)}
+            if self._packing is Packing.padded
+            else {"row_fill": tokens / (rows * self._capacity)}
+        )
         return {
             "packing": self._packing.value,
             "examples": len(self._lengths),
             "rows": rows,
             "steps_per_epoch": self.steps(0),
             "examples_per_row": len(self._lengths) / rows,
-            "row_fill": float(self._lengths.sum()) / (rows * self._capacity),
+            **fill,
         }
+
+    def _positions(self, micro_batch_size: int) -> int:
+        """Rows times width over all padded micro-batches of the first epoch."""
+        count, total = self.global_batch_size // micro_batch_size, 0
+        for step in range(self.steps(0)):
+            loads = [int(self._lengths[row[0]]) for row in self.step_rows(0, step)]
+            total += sum(len(rows) * max(loads[row] for row in rows) for rows in share_alike(loads, 1, count) if rows)
+        return total
+
+    def share(self, loads: list[int], ranks: int, accumulation: int, capacity: int) -> list[list[int]]:
+        """Share the rows of a step out among its micro-batches.
+
+        Args:
+            loads: Tokens of each row.
+            ranks: How many ranks share the step.
+            accumulation: Micro-batches per rank.
+            capacity: Rows of a full micro-batch.
+
+        Returns:
+            Row numbers of each micro-batch; rank r's are those at r, r + ranks, and so on.
+        """
+        if self._packing is Packing.padded:
+            return share_alike(loads, ranks, accumulation)
+        return share(loads, ranks * accumulation, capacity)
 
     def step_rows(self, epoch: int, step: int) -> list[np.ndarray]:
         """Rows of one global step, each an array of example numbers."""
@@ -163,3 +219,32 @@ def share(loads: list[int], bins: int, capacity: int) -> list[list[int]]:
         content[chosen].append(row)
         weight[chosen] += loads[row]
     return [sorted(rows) for rows in content]
+
+
+def share_alike(loads: list[int], ranks: int, accumulation: int) -> list[list[int]]:
+    """Share padded rows out so that the rows of a bin are alike in length, and no rank waits long for another.
+
+    From the shortest row to the longest, ranks take bins of neighbouring lengths at the same time; the one that takes
+    the shortest takes the longest the next time.
+
+    Args:
+        loads: Tokens of each row.
+        ranks: How many ranks there are.
+        accumulation: Bins of each of them.
+
+    Returns:
+        Row numbers of each bin, in rising order, as many as possible alike in all; rank r's are those at r, r + ranks,
+        and so on. Where there are fewer rows than bins some stay empty.
+    """
+    order = sorted(range(len(loads)), key=lambda i: (loads[i], i))
+    fewest, more = divmod(len(order), ranks * accumulation)
+    content: list[list[int]] = []
+    begin = 0
+    for turn in range(accumulation):
+        bins = []
+        for number in range(turn * ranks, (turn + 1) * ranks):
+            end = begin + fewest + (number < more)
+            bins.append(sorted(order[begin:end]))
+            begin = end
+        content += bins[::-1] if turn % 2 else bins
+    return content

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from dsft.config.schema import Packing
-from dsft.data.pack import Planner, best_fit_decreasing, plan_epoch, share
+from dsft.data.pack import Planner, best_fit_decreasing, plan_epoch, share, share_alike
 
 LENGTHS = np.random.default_rng(0).integers(3, 41, 107)
-CAPACITY, WINDOW = 48, 20
+CAPACITY, WINDOW, STEP = 48, 20, 4
+PACKINGS = [packing for packing in Packing if packing is not Packing.auto]
 
 
 def plan(packing=Packing.bfd, seed=0, epoch=0, window=WINDOW):
-    return plan_epoch(LENGTHS, packing, CAPACITY, window, seed, epoch)
+    return plan_epoch(LENGTHS, packing, CAPACITY, window, seed, epoch, STEP)
 
 
 def planner(packing: Packing, global_batch_size: int, lengths=LENGTHS) -> Planner:
@@ -62,7 +63,7 @@ def test_best_fit_decreasing_is_near_the_fewest_rows_possible():
         assert len(best_fit_decreasing(lengths, 10)) <= 11 / 9 * fewest_bins(lengths, 10) + 1
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_every_example_stands_in_exactly_one_row_of_an_epoch(packing, epoch):
     made = plan(packing, epoch=epoch)
@@ -80,7 +81,7 @@ def test_no_row_is_longer_than_the_capacity(epoch):
 
 
 def test_an_example_as_long_as_a_row_gets_one_to_itself():
-    made = plan_epoch(np.array([48, 1, 48, 47]), Packing.bfd, CAPACITY, WINDOW, 0, 0)
+    made = plan_epoch(np.array([48, 1, 48, 47]), Packing.bfd, CAPACITY, WINDOW, 0, 0, STEP)
     assert sorted(sorted(made.row(number).tolist()) for number in range(made.rows)) == [[0], [1, 3], [2]]
 
 
@@ -90,7 +91,7 @@ def test_without_packing_a_row_is_an_example():
     assert made.rows == len(LENGTHS)
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_order_depends_on_seed_and_epoch_alone(packing):
     np.random.seed(11)
     first = plan(packing, seed=3, epoch=2)
@@ -100,7 +101,7 @@ def test_order_depends_on_seed_and_epoch_alone(packing):
     assert first.starts.tolist() == again.starts.tolist()
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_every_epoch_and_every_seed_has_an_order_of_its_own(packing):
     """ms-swift#10050: past epoch 0, everything saw epoch 0's order again."""
     orders = {tuple(plan(packing, seed=seed, epoch=epoch).examples) for seed in range(3) for epoch in range(4)}
@@ -121,7 +122,7 @@ def test_examples_are_packed_only_within_their_window():
         assert len({windows[int(i)] for i in made.row(number)}) == 1
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("size", [1, 4, 7, 107, 500])
 def test_steps_per_epoch_and_their_total_are_what_the_epochs_hold(packing, size):
     """axolotl#3152: the number of steps with packing was a guess."""
@@ -155,7 +156,7 @@ def test_epochs_may_differ_in_length_and_both_are_counted():
 
 
 def test_the_audit_counts_rows_and_how_full_they_are():
-    told = planner(Packing.none, 4, lengths=np.array([12, 24, 36])).describe()
+    told = planner(Packing.none, 4, lengths=np.array([12, 24, 36])).describe(4)
     assert told == {
         "packing": "none",
         "examples": 3,
@@ -192,3 +193,80 @@ def test_shares_are_balanced():
         assert max(weights) - min(weights) <= max(loads)
     even = share([10] * 12, bins=4, capacity=3)
     assert [len(rows) for rows in even] == [3, 3, 3, 3]
+
+
+def steps_of(made: Planner, epoch: int = 0) -> list[list[int]]:
+    """Lengths of the rows of each step of an epoch of padded rows."""
+    return [[int(made._lengths[row[0]]) for row in made.step_rows(epoch, step)] for step in range(made.steps(epoch))]
+
+
+def test_a_step_of_padded_rows_holds_examples_of_like_length():
+    made, plain = planner(Packing.padded, STEP), planner(Packing.none, STEP)
+    spread = [np.mean([max(step) - min(step) for step in steps_of(one)[:-1]]) for one in (made, plain)]
+    assert spread[0] < spread[1] / 2
+    steps = [np.mean(step) for step in steps_of(made)]
+    assert steps != sorted(steps) and steps != sorted(steps, reverse=True), "steps go from short to long"
+
+
+def test_padded_rows_stay_within_their_window_of_whole_steps():
+    shuffled = plan(Packing.none).examples
+    made = plan_epoch(LENGTHS, Packing.padded, CAPACITY, 23, 0, 0, STEP).examples
+    for begin in range(0, 107, 20):  # 23 examples are 5 steps of 4
+        end = min(begin + 20, 104)
+        assert sorted(made[begin:end]) == sorted(shuffled[begin:end])
+        for step in range(begin, end, STEP):
+            # a step is a run of the window's sorted lengths
+            chosen, rest = LENGTHS[made[step : step + STEP]], set(made[begin:end]) - set(made[step : step + STEP])
+            assert not [i for i in rest if chosen.min() < LENGTHS[i] < chosen.max()]
+    assert made[104:].tolist() == shuffled[104:].tolist(), "the small last step is of no special length"
+
+
+def test_fewer_examples_than_a_step_are_one_step():
+    made = planner(Packing.padded, 500)
+    assert made.steps(0) == 1
+    assert sorted(row.item() for row in made.step_rows(0, 0)) == list(range(107))
+
+
+def test_padded_shares_can_be_read():
+    # sorted: 1 2 | 3 4 || 5 6 | 7 8: rank 0 takes the shortest first and the longest after
+    loads = [8, 1, 7, 2, 6, 3, 5, 4]
+    bins = share_alike(loads, ranks=2, accumulation=2)
+    assert [[loads[row] for row in rows] for rows in bins] == [[1, 2], [3, 4], [8, 7], [6, 5]]
+    assert share_alike([5, 3], ranks=2, accumulation=2) == [[1], [0], [], []]
+
+
+def test_padded_shares_hold_every_row_once_never_too_many_and_pad_the_least():
+    random = np.random.default_rng(5)
+    for _ in range(200):
+        ranks, accumulation, capacity = random.integers(1, 5, 3).tolist()
+        bins = ranks * accumulation
+        loads = random.integers(1, 100, random.integers(1, bins * capacity + 1)).tolist()
+        shares = share_alike(loads, ranks, accumulation)
+        assert len(shares) == bins
+        assert sorted(row for rows in shares for row in rows) == list(range(len(loads)))
+        assert max(map(len, shares)) <= capacity and max(map(len, shares)) - min(map(len, shares)) <= 1
+        spans = sorted((min(loads[r] for r in rows), max(loads[r] for r in rows)) for rows in shares if rows)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def test_ranks_with_padded_rows_finish_together():
+    random = np.random.default_rng(6)
+    for _ in range(50):
+        loads = random.integers(1, 100, 64).tolist()
+        shares = share_alike(loads, ranks=4, accumulation=4)
+        costs = [len(rows) * max(loads[row] for row in rows) for rows in shares]
+        totals = [sum(costs[rank::4]) for rank in range(4)]
+        assert max(totals) < 1.15 * min(totals)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_audit_counts_padding(micro):
+    made = planner(Packing.padded, STEP)
+    positions = 0
+    for step in steps_of(made):
+        for bin_ in share_alike(step, 1, STEP // micro):
+            positions += len(bin_) * max((step[row] for row in bin_), default=0)
+    told = made.describe(micro)
+    assert told["padding"] == pytest.approx(1 - LENGTHS.sum() / positions)
+    assert (told["padding"] == 0) == (micro == 1)
+    assert "row_fill" not in told and told["examples_per_row"] == 1

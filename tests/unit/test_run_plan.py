@@ -73,7 +73,8 @@ def test_a_run_from_anothers_checkpoint_is_a_run_of_its_own_to_wandb(origin, exp
         audit={},
         ds={},
         why=None,
-        planner=SimpleNamespace(describe=dict),
+        planner=SimpleNamespace(describe=lambda micro_batch_size: {}),
+        sizes=SimpleNamespace(micro_batch_size=1),
         train_set=Data([None]),
         model=SimpleNamespace(words=Vocabulary(0), tokenizer=None, stopping=SimpleNamespace(note=None)),
     )
