@@ -73,6 +73,7 @@ def test_a_run_from_anothers_checkpoint_is_a_run_of_its_own_to_wandb(origin, exp
         audit={},
         ds={},
         why=None,
+        metrics={},
         planner=SimpleNamespace(describe=lambda micro_batch_size: {}),
         sizes=SimpleNamespace(micro_batch_size=1),
         train_set=Data([None]),
