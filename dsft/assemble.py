@@ -32,8 +32,9 @@ from dsft.engine import Engine, building
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
 from dsft.metrics import Metric, comparable, declare
-from dsft.model import attention, export, rows, tuning, vocabulary
+from dsft.model import attention, export, layout, rows, tuning, vocabulary
 from dsft.model import load as models
+from dsft.model.kind import Inseparable
 from dsft.model.noise import Noise
 from dsft.model.rehearsal import rehearse
 from dsft.model.stopping import Stopping, find_stopping
@@ -146,8 +147,10 @@ def plan(config: Config, place: Place) -> Plan:
     model = _model(config, task, precision, place, new_tokens)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train)
     train_set, validation, audit = _data(config, task, context)
-    packing = Packing.bfd if config.data.packing is Packing.auto else config.data.packing
-    planner = _planner(config, sizes, train_set, packing)
+    packing, why = config.data.packing, None
+    if packing is Packing.auto:
+        why = layout.why_padded(task.kind, model.config)
+        packing = Packing.padded if why else Packing.bfd
     made = Plan(
         task=task,
         sizes=sizes,
@@ -157,11 +160,9 @@ def plan(config: Config, place: Place) -> Plan:
         train_set=train_set,
         validation=validation,
         audit=audit,
-        packing=packing,
-        why=None,
-        planner=planner,
-        total_steps=planner.total_steps(epochs(config), config.train.max_steps),
+        why=why,
         collator=Collator(task, context, packing is Packing.padded),
+        **_pack(config, sizes, train_set, packing),
     )
     _check_lengths(config, place, made)
     return made
@@ -248,11 +249,14 @@ def _tasks_version() -> str:
     return dataset.code_version(map(str, sorted(Path(tasks.__file__).parent.glob("*.py"))))
 
 
-def _planner(config: Config, sizes: check.BatchSizes, train_set: dataset.TokenDataset, packing: Packing) -> Planner:
+def _pack(config: Config, sizes: check.BatchSizes, train_set: dataset.TokenDataset, packing: Packing) -> dict[str, Any]:
+    """The plan's part about which examples make which step."""
     data = config.data
-    return Planner(
+    planner = Planner(
         train_set.lengths, packing, data.max_length, data.pack_window, config.train.seed, sizes.global_batch_size
     )
+    total_steps = planner.total_steps(epochs(config), config.train.max_steps)
+    return {"packing": packing, "planner": planner, "total_steps": total_steps}
 
 
 def _check_lengths(config: Config, place: Place, made: Plan) -> None:
@@ -275,22 +279,49 @@ def _check_lengths(config: Config, place: Place, made: Plan) -> None:
     warn(place, effect.enforce(config, effect.by_length(config, length, given), given))
 
 
-def engine(config: Config, made: Plan, world: World) -> Engine:
-    """The model, prepared for training as the config says, inside its engine.
+def engine(config: Config, made: Plan, world: World) -> tuple[Engine, Plan]:
+    """The model, prepared for training as the config says, inside its engine; all ranks call it.
+
+    It takes its first forward pass, in which a model is refused that cannot be trained exactly.
+
+    Returns:
+        The engine and the plan; with padded rows, where `data.packing=auto` finds that the model does not keep
+        documents apart in a flat one.
 
     Raises:
-        UserError: It cannot be loaded or tuned so, or a setting has no effect on it.
+        UserError: It cannot be loaded, tuned or trained so, or a setting has no effect on it.
     """
-    known, dtype = made.model, made.dtype
+    built = None
+    try:
+        built = _engine(config, made, world)
+        built.evaluate(probe(made))
+        return built, made
+    except Inseparable as problem:
+        if config.data.packing is not Packing.auto or made.packing is Packing.padded:
+            raise
+        why = str(problem).partition(". ")[0]
+    if built:
+        built.close()
+    packed = _pack(config, made.sizes, made.train_set, Packing.padded)
+    padded = replace(made, **packed, why=why, collator=replace(made.collator, padded=True))
+    _check_lengths(config, world.place, padded)
+    built = _engine(config, padded, world)
+    built.evaluate(probe(padded))
+    return built, padded
+
+
+def _engine(config: Config, made: Plan, world: World) -> Engine:
+    known, dtype, padded = made.model, made.dtype, made.collator.padded
     dropout = attention.has_dropout(known.config)
     kernel = attention.choose_kernel(config.model.attention, world.device, dtype, dropout)
+    implementation = layout.implementation(made.task.kind, known.config, padded)
     with building(made.ds) as gather:
-        model = load_tuned(config, known.source, known.words, dtype, attention.NAME, gather)
+        model = load_tuned(config, known.source, known.words, dtype, implementation, gather)
     noise = Noise(model, config.train.seed, config.tuning.neftune_alpha)
     models.activation_checkpointing(model, config.activation_checkpointing, noise.checkpointing)
-    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
-    probe = isolation.probe_tokens(made.train_set)
-    module = TaskModule(model, made.task.loss, documents, config.model.logits_chunk, noise, probe, made.collator.padded)
+    tokens = isolation.probe_tokens(made.train_set)
+    alone = padded and {made.sizes.micro_batch_size, config.eval.micro_batch_size} == {1}
+    module = TaskModule(model, made.task.loss, kernel, config.model.logits_chunk, noise, tokens, padded, alone)
     built = Engine(module, made.ds, config.optim, world)
     _check_engine(config, made, built)
     return built
@@ -320,35 +351,6 @@ def _check_engine(config: Config, made: Plan, built: Engine) -> None:
         rows_alone=not made.model.words.pieces or any(n.endswith(rows.NEW) for n, _ in built.module.named_parameters()),
     )
     warn(built.world.place, effect.enforce(config, idle, cli.given()))
-
-
-def settle(config: Config, made: Plan, built: Engine) -> Plan:
-    """Take the first forward pass, in which a model is refused that cannot be trained exactly; all ranks call it.
-
-    Returns:
-        The plan; with padded rows, where `data.packing=auto` finds that the model does not keep documents apart in a
-        flat one.
-    """
-    try:
-        built.evaluate(probe(made))
-        return made
-    except isolation.Inseparable as problem:
-        if config.data.packing is not Packing.auto or made.packing is Packing.padded:
-            raise
-        why = str(problem).partition(": ")[0]
-    planner = _planner(config, made.sizes, made.train_set, Packing.padded)
-    padded = replace(
-        made,
-        packing=Packing.padded,
-        why=why,
-        planner=planner,
-        total_steps=planner.total_steps(epochs(config), config.train.max_steps),
-        collator=replace(made.collator, padded=True),
-    )
-    _check_lengths(config, built.world.place, padded)
-    built.module.padded = True
-    built.evaluate(probe(padded))
-    return padded
 
 
 def loader(made: Plan, world: World) -> Loader:

@@ -21,15 +21,15 @@ from transformers import (
 from dsft.config.schema import Attention, DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data import dataset
 from dsft.metrics import declare
-from dsft.model import attention
-from dsft.model.noise import Noise
+from dsft.model.attention import Documents, cumulative
+from dsft.model.noise import Noise, token_keys
 from dsft.tasks import TASKS, encode
 from dsft.tasks.collate import Collator
 from dsft.tasks.conversation import SHAPES
 from dsft.tasks.isolation import probe_tokens
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context, read
-from dsft.types import Example
+from dsft.types import Batch, Example
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -172,10 +172,24 @@ def task(
 ) -> TaskModule:
     """A model with the loss of its task, as a run makes it."""
     noise = Noise(model, seed, alpha)
-    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
     vocabulary = model.config.get_text_config().vocab_size
     probe = probe_tokens(examples(3, vocabulary=vocabulary))
-    return TaskModule(model, TASKS[name].loss, documents, chunk, noise, probe, padded)
+    return TaskModule(model, TASKS[name].loss, kernel, chunk, noise, probe, padded)
+
+
+def documents(lengths: list[int], device="cpu", kernel: Attention = Attention.per_document, noise=None) -> Documents:
+    """The documents of a flat row, as a batch says where they are."""
+    return Documents(lengths, cumulative(lengths).to(device), kernel, noise)
+
+
+def begin(
+    noise: Noise, step: tuple[int, int], lengths: list[int], numbers: list[int], width: int | None = None
+) -> None:
+    """Let a Noise draw for documents of these lengths and numbers; padded to a width, if one is given."""
+    device = next((p.device for p in next(iter(noise._names)).parameters()), torch.device("cpu"))
+    keys = token_keys(noise._seed, step, lengths, numbers, width)
+    tensors = {"noise": keys, "lengths": torch.tensor(lengths)}
+    noise.begin(Batch(tensors, lengths, 0.0, len(lengths), numbers, step, width is not None).to(device))
 
 
 def save(directory: Path, **changes) -> Path:

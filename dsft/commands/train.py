@@ -78,8 +78,7 @@ def _run(config: Config, place: Place) -> int:
     identity = assemble.identity(config, plan)
     resume_from, saved = _choose(config, plan, run_dir, identity, world)
     seed_everything(config.train.seed, config.train.deterministic)
-    engine = assemble.engine(config, plan, world)
-    plan = assemble.settle(config, plan, engine)
+    engine, plan = assemble.engine(config, plan, world)
     tracker = _tracker(config, plan, run_dir, world, saved)
     the_loop = _loop(config, plan, engine, world, stop, tracker, run_dir, identity)
     if resume_from:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsft.config.schema import Attention
 from dsft.errors import UserError
+from dsft.model.kind import Inseparable
 from dsft.model.noise import Noise
 
 NAME = "dsft"
@@ -61,11 +62,10 @@ class Documents:
     kernel: Attention
     noise: Noise | None = None
 
-    @classmethod
-    def of(cls, lengths: list[int], device: torch.device, kernel: Attention, noise: Noise | None = None) -> Documents:
-        """Documents of these lengths, on `device`."""
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, ends.to(device, non_blocking=True), kernel, noise)
+
+def cumulative(lengths: list[int]) -> torch.Tensor:
+    """Where each document of a flat row begins, and the end of the last: int32, shape (documents + 1,), on the host."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def has_dropout(config: PreTrainedConfig) -> bool:
@@ -124,7 +124,7 @@ def attention(
     sliding_window: int | None = None,
     **rest,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document, in the signature that transformers calls.
+    """Attention inside each document, in the signature that transformers calls.
 
     Args:
         module: The attention layer.
@@ -136,14 +136,15 @@ def attention(
         dropout: Dropout on the attention weights; models give 0 in evaluation.
         is_causal: Whether tokens see only what comes before; None asks the module.
         documents: Where the documents lie; None hands over to transformers' own SDPA.
-        sliding_window: How many tokens back a token sees, itself included; None for all.
+        sliding_window: How many tokens back a token sees, itself included, and as many ahead where attention is not
+            causal; None for all.
         rest: What else a model may hand over; anything that could change the result is refused.
 
     Returns:
         Output of shape (1, tokens, heads, head_dim), and None for the weights.
 
     Raises:
-        UserError: The model asks for an attention variant that is not implemented here.
+        Inseparable: The model asks for an attention variant that is not implemented here.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if documents is None:
@@ -151,7 +152,7 @@ def attention(
             raise UserError(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
         if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
             # `_mask` cannot tell a prompt without padding from a flat row, and makes no mask for either
-            attention_mask = _visible(query.shape[2], key.shape[2], sliding_window, query.device)
+            attention_mask = _visible(query.shape[2], key.shape[2], sliding_window, query.device, causal)
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         options = {
             "scaling": scaling,
@@ -161,18 +162,17 @@ def attention(
             **rest,
         }
         return sdpa(module, query, key, value, attention_mask, **options)
-    asked = {"is_causal=False": not causal, "attention_mask": attention_mask, **rest}
-    _refuse_what_is_missing(module, asked, max(documents.lengths))
+    _refuse_what_is_missing(module, {"attention_mask": attention_mask, **rest}, max(documents.lengths))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents.kernel is not Attention.per_document:
-        return _variable_length(query, key, value, documents, scale, sliding_window, dropout), None
+        return _variable_length(query, key, value, documents, scale, sliding_window, causal, dropout), None
     if dropout:
-        return _with_dropout(module, query, key, value, documents, scale, sliding_window, dropout), None
-    return _per_document(query, key, value, documents.lengths, scale, sliding_window), None
+        return _with_dropout(module, query, key, value, documents, scale, sliding_window, causal, dropout), None
+    return _per_document(query, key, value, documents.lengths, scale, sliding_window, causal), None
 
 
 def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) -> None:
-    """Refuse a layer that asks for more than plain causal attention, rather than give it something else."""
+    """Refuse a layer that asks for more than plain attention, rather than give it something else."""
     missing = sorted(
         name for name, value in asked.items() if value is not None and value is not False and name not in HARMLESS
     )
@@ -180,19 +180,19 @@ def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) 
     if chunk and longest > chunk:
         missing.append(f"attention_chunk_size={chunk} (the longest document has {longest} tokens)")
     if missing:
-        raise UserError(
-            f"{type(module).__name__} asks for attention with {', '.join(missing)}, which is not supported here. "
-            "Use another model."
+        raise Inseparable(
+            f"{type(module).__name__} asks for attention with {', '.join(missing)}, which flat rows cannot have. "
+            "Use data.packing=padded, or another model."
         )
 
 
-def _per_document(query, key, value, lengths, scale, window) -> torch.Tensor:
+def _per_document(query, key, value, lengths, scale, window, causal) -> torch.Tensor:
     """Attention by a loop over documents; shapes as in `attention`."""
     pieces = zip(*(t[0].split(lengths, dim=1) for t in (query, key, value)))
-    return torch.cat([_one_document(q, k, v, scale, window) for q, k, v in pieces]).unsqueeze(0)
+    return torch.cat([_one_document(q, k, v, scale, window, causal) for q, k, v in pieces]).unsqueeze(0)
 
 
-def _one_document(query, key, value, scale, window) -> torch.Tensor:
+def _one_document(query, key, value, scale, window, causal) -> torch.Tensor:
     """One document by torch's fused kernel: (heads, tokens, head_dim) in, (tokens, heads, head_dim) out."""
     tokens = query.shape[1]
     banded = window is not None and tokens > window
@@ -200,15 +200,15 @@ def _one_document(query, key, value, scale, window) -> torch.Tensor:
         query.unsqueeze(0),
         key.unsqueeze(0),
         value.unsqueeze(0),
-        attn_mask=_visible(tokens, tokens, window, query.device) if banded else None,
-        is_causal=not banded,
+        attn_mask=_visible(tokens, tokens, window, query.device, causal) if banded else None,
+        is_causal=causal and not banded,
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )
     return output[0].transpose(0, 1)
 
 
-def _with_dropout(module, query, key, value, documents: Documents, scale, window, dropout) -> torch.Tensor:
+def _with_dropout(module, query, key, value, documents: Documents, scale, window, causal, dropout) -> torch.Tensor:
     """The loop over documents with the weights at hand, to drop some of them; shapes as in `attention`."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t[0].repeat_interleave(groups, dim=0) for t in (key, value))
@@ -216,7 +216,7 @@ def _with_dropout(module, query, key, value, documents: Documents, scale, window
     for tokens in documents.lengths:
         rows = slice(begin, begin + tokens)
         scores = (query[0, :, rows] @ key[:, rows].transpose(1, 2)) * scale
-        visible = _visible(tokens, tokens, window or tokens, query.device)
+        visible = _visible(tokens, tokens, window or tokens, query.device, causal)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
         weights = documents.noise.attention_dropout(module, weights, begin, dropout)
         outputs.append((weights @ value[:, rows]).transpose(0, 1))
@@ -225,17 +225,19 @@ def _with_dropout(module, query, key, value, documents: Documents, scale, window
     return torch.cat(outputs).unsqueeze(0)
 
 
-def _visible(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+def _visible(queries: int, keys: int, window: int, device: torch.device, causal: bool) -> torch.Tensor:
     """True where a query sees a key, bool, (queries, keys); the last query stands at the last key."""
     ahead = keys - queries
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(ahead).triu(ahead + 1 - window)
+    last = ahead if causal else ahead + window - 1
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(last).triu(ahead + 1 - window)
 
 
-def _variable_length(query, key, value, documents: Documents, scale, window, dropout) -> torch.Tensor:
+def _variable_length(query, key, value, documents: Documents, scale, window, causal, dropout) -> torch.Tensor:
     """All documents in one CUDA kernel; shapes as in `attention`."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
     ends, longest = documents.cu_seqlens, max(documents.lengths)
     left = -1 if window is None else window - 1
+    reach = (left, 0 if causal else left)
     if documents.kernel is Attention.flash:
         from flash_attn import flash_attn_varlen_func
 
@@ -243,8 +245,8 @@ def _variable_length(query, key, value, documents: Documents, scale, window, dro
             *(q, k, v, ends, ends, longest, longest),
             dropout_p=dropout,
             softmax_scale=scale,
-            causal=True,
-            window_size=(left, 0),
+            causal=causal,
+            window_size=reach,
         )
     elif dropout:
         raise UserError(
@@ -254,7 +256,7 @@ def _variable_length(query, key, value, documents: Documents, scale, window, dro
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        groups, options = q.shape[1] // k.shape[1], {"scale": scale, "window_size": (left, 0)}
+        groups, options = q.shape[1] // k.shape[1], {"scale": scale, "window_size": reach}
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = groups > 1
         elif groups > 1:  # torch before 2.13

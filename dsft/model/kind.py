@@ -13,6 +13,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from dsft.errors import UserError
+
+
+class Inseparable(UserError):
+    """A model does not keep documents apart in this layout."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import GgufConfig
 from dsft.config.schema import ActivationCheckpointing
 from dsft.errors import UserError
 from dsft.model import directory as directories
-from dsft.model.kind import CAUSAL, Kind
+from dsft.model.kind import CAUSAL, Inseparable, Kind
 from dsft.runtime.content import disguise
 
 CONVERSION = 1
@@ -316,7 +316,8 @@ def load_model(
         device: Where its weights are loaded to; `meta` for their shapes alone. The host if not given.
 
     Raises:
-        UserError: It cannot be read, takes no attention from outside, or lacks weights; they are listed.
+        Inseparable: It takes no attention from outside.
+        UserError: It cannot be read, or lacks weights; they are listed.
     """
     try:
         with _loading(source, "model"):
@@ -332,9 +333,9 @@ def load_model(
     except KeyError as error:  # an architecture with a table of attentions of its own
         if error.args != (attn_implementation,):
             raise
-        raise UserError(
+        raise Inseparable(
             f"model.path={source.name}: this architecture takes no attention but its own, which would let the "
-            "documents of a row see each other. Use another model."
+            "documents of a row see each other. Use data.packing=padded, or another model."
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -25,6 +25,7 @@ from torch import nn
 
 from dsft.errors import UserError
 from dsft.model.random_calls import RandomCalls
+from dsft.types import Batch
 
 LEVELS = 1 << 16
 """Values that a draw can take; a dropout rate is rounded to a multiple of 1 / LEVELS, and what is kept is scaled by
@@ -65,20 +66,24 @@ def _number(place: str) -> int:
     return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
 
 
-def token_keys(seed: int, step: tuple[int, int], lengths: list[int], numbers: list[int]) -> torch.Tensor:
-    """The key of every token of a flat row.
+def token_keys(
+    seed: int, step: tuple[int, int], lengths: list[int], numbers: list[int], width: int | None = None
+) -> torch.Tensor:
+    """The key of every token of a batch.
 
     Args:
         seed: The run's.
         step: Epoch, and number of the optimizer step in it.
         lengths: Tokens of each document.
         numbers: Which example of the data set each document is.
+        width: Tokens of a row, where each document has one of its own; what fills it up has keys as well.
 
     Returns:
-        int32, shape (tokens,), on the CPU.
+        int32, shape (tokens,), or (documents, width), on the CPU.
     """
-    documents = [_counted(_chain(seed, *step, number), length) for number, length in zip(numbers, lengths, strict=True)]
-    return torch.from_numpy(np.concatenate(documents))
+    sizes = lengths if width is None else [width] * len(lengths)
+    documents = [_counted(_chain(seed, *step, number), size) for number, size in zip(numbers, sizes, strict=True)]
+    return torch.from_numpy(np.concatenate(documents) if width is None else np.stack(documents))
 
 
 def feature_keys(place: str, count: int) -> torch.Tensor:
@@ -146,23 +151,19 @@ class Noise:
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._neftune)
 
-    def begin(self, step: tuple[int, int], lengths: list[int], numbers: list[int], device: torch.device) -> None:
-        """Say which row comes next; before every training forward pass. Arguments as for `token_keys`."""
-        self._step, self._lengths, self._numbers, self._device = step, lengths, numbers, device
-        self._made: torch.Tensor | None = None
+    def begin(self, batch: Batch) -> None:
+        """Say which batch comes next; before every training forward pass.
+
+        Args:
+            batch: On the device; `noise` among its tensors is what `token_keys` gives, `lengths` the documents'.
+        """
+        self._step, self._lengths = batch.step, batch.tensors["lengths"]
+        self._tokens = batch.tensors["noise"]
         self._calls.clear()
         if self._global:
-            key = int(_chain(self._seed, *step, 1))
+            key = int(_chain(self._seed, *batch.step, 1))
             random.seed(key)
             np.random.seed(key % 2**32)
-
-    @property
-    def _tokens(self) -> torch.Tensor:
-        """The keys of the row's tokens on the device, made when something is drawn."""
-        if self._made is None:
-            keys = token_keys(self._seed, self._step, self._lengths, self._numbers)
-            self._made = keys.to(self._device, non_blocking=True)
-        return self._made
 
     def drawing(self) -> AbstractContextManager:
         """A context for forward passes of training."""
@@ -222,16 +223,21 @@ class Noise:
 
         Args:
             module: Where it happens.
-            x: Shape (1, tokens, ...) or (tokens, ...), the tokens of the row that `begin` was told of.
+            x: Shape (1, tokens, ...) or (tokens, ...), the tokens of the batch that `begin` was given; of padded ones
+                (documents, width, ...) or (documents * width, ...), or attention weights, shape
+                (documents, heads, width, width).
             p: Share of elements set to 0, of all values scaled so that the expectation stays.
 
         Raises:
-            UserError: `x` does not hold the row's tokens in their order, as inside experts.
+            UserError: `x` does not hold the batch's tokens in their order, as inside experts.
         """
-        tokens = len(self._tokens)
-        if not (x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == (1, tokens))):
+        padded, layout = self._tokens.dim() == 2, (1, *self._tokens.shape)[-2:]
+        if padded and x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (*layout, layout[1]):
+            return self._padded_attention_dropout(module, x, p)
+        tokens = self._tokens.numel()
+        if not (x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == layout)):
             raise UserError(
-                f"{self._names[module]} draws dropout on a tensor of shape {tuple(x.shape)}, which is not the row's "
+                f"{self._names[module]} draws dropout on a tensor of shape {tuple(x.shape)}, which is not the batch's "
                 f"{tokens} tokens in order, so that its noise would depend on the split of the work. Set "
                 "tuning.dropout=0, or leave such modules out of tuning.target_modules; for a dropout of the model's "
                 "own set it to 0 in its config.json."
@@ -243,8 +249,8 @@ class Noise:
         if x.is_cuda and _HAS_TRITON and 0 < dropped < LEVELS:
             from dsft.model.noise_kernel import FusedDrop  # where triton is: with torch for CUDA
 
-            return FusedDrop.apply(x, self._tokens, keys[0], dropped)
-        return _dropped(x, draw(self._tokens.unsqueeze(1), keys)[:, :features].reshape(x.shape), dropped)
+            return FusedDrop.apply(x, self._tokens.flatten(), keys[0], dropped)
+        return _dropped(x, draw(self._tokens.view(-1, 1), keys)[:, :features].reshape(x.shape), dropped)
 
     def attention_dropout(self, module: nn.Module, weights: torch.Tensor, begin: int, p: float) -> torch.Tensor:
         """Dropout of one document's attention weights.
@@ -258,6 +264,14 @@ class Noise:
         heads, length, _ = weights.shape
         keys = self._keys(self._place(module), heads, (length + 1) // 2, weights.device)
         bits = draw(self._tokens[begin : begin + length, None], keys.unsqueeze(1))[..., :length]
+        return _dropped(weights, bits, round(p * LEVELS))
+
+    def _padded_attention_dropout(self, module: nn.Module, weights: torch.Tensor, p: float) -> torch.Tensor:
+        """The same of all documents, shape (documents, heads, width, width): each draws what it draws in a flat row."""
+        _, heads, width, _ = weights.shape
+        keys = self._keys(self._place(module), heads, (width + 1) // 2, weights.device)
+        self._calls[module] += 1
+        bits = draw(self._tokens[:, None, :, None], keys.unsqueeze(1))[..., :width]
         return _dropped(weights, bits, round(p * LEVELS))
 
     def attended(self, module: nn.Module) -> None:
@@ -304,18 +318,20 @@ class Noise:
         return f"{self._names[module] or 'the model'} ({type(module).__name__})"
 
     def _neftune(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the embedding, whose output has shape (1, tokens, d).
+        """Forward hook of the embedding, whose output has shape (1, tokens, d), or padded (documents, width, d).
 
         A document of L tokens gets noise from U(-1, 1) * alpha / sqrt(L * d), as if it were alone in its batch.
         """
         if not module.training:
             return output
         width = output.shape[-1]
-        lengths = torch.tensor(self._lengths)
-        scale = (self._alpha / (lengths * width).sqrt()).repeat_interleave(lengths)
+        scale = (self._alpha / (self._lengths * width).sqrt()) / (LEVELS // 2)
+        if self._tokens.dim() == 1:
+            # its size is given, or the device would be asked for it
+            scale = scale.repeat_interleave(self._lengths, output_size=len(self._tokens))
         keys = self._keys(f"neftune {self._names[module]}", 1, (width + 1) // 2, output.device)
-        bits = draw(self._tokens.unsqueeze(1), keys)[:, :width]
-        noise = (bits.float() + 0.5) * (scale.to(output.device, non_blocking=True) / (LEVELS // 2)).unsqueeze(-1)
+        bits = draw(self._tokens.view(-1, 1), keys)[:, :width].view(*self._tokens.shape, width)
+        noise = (bits.float() + 0.5) * scale.view(-1, *(1,) * (bits.dim() - 1))
         return output + noise.to(output.dtype)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsft.model.attention import cumulative
+from dsft.model.noise import token_keys
 from dsft.tasks.task import Context, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Example
 
@@ -53,6 +55,8 @@ class Collator:
         tensors = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
         weight = float(sum(example.weight for example in counted))
         tensors["weight"] = np.float64(weight)
+        tensors["lengths"] = np.array(lengths)
+        tensors["noise"] = token_keys(self.context.seed, step, lengths, numbers, width)
         return Batch(
             {name: torch.as_tensor(array) for name, array in tensors.items()},
             lengths,
@@ -74,7 +78,7 @@ class Collator:
             pad = self.context.tokenizer.pad_token_id if name == "input_ids" else 0
             made[name] = np.stack(parts) if parts[0].ndim == 0 else _lay(parts, width, pad)
         if width is None:
-            return made | {"position_ids": _lay(positions, None)}
+            return made | {"position_ids": _lay(positions, None), "documents": cumulative(lengths)}
         return made | {"attention_mask": (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)}
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsft.config.schema import Attention
 from dsft.model.attention import Documents
+from dsft.model.layout import first_position
+from dsft.model.noise import Noise
 from dsft.tasks.nll import Asked, Nll, nll_of_logits, plain_head
 from dsft.types import Batch
 
@@ -18,7 +21,8 @@ class Forward:
 
     Args:
         model: A transformers model with an output head over the vocabulary, possibly wrapped by peft.
-        documents: Makes the attention's description of a flat row from its document lengths.
+        kernel: Which attention kernel flat rows get.
+        noise: Draws dropout of attention weights.
         logits_chunk: Targets whose logits exist at once, where the head allows it.
 
     Attributes:
@@ -26,11 +30,12 @@ class Forward:
         head: Its output head, if logits are only its linear map of what it is given, else None.
     """
 
-    def __init__(self, model: nn.Module, documents: Callable[..., Documents], logits_chunk: int):
+    def __init__(self, model: nn.Module, kernel: Attention, noise: Noise, logits_chunk: int):
         self.model = model
         self.head = plain_head(model)
         self._bare = True  # the head is given the base model's output, with nothing between them
-        self._documents = documents
+        self._kernel, self._noise = kernel, noise
+        self._first = first_position(model)
         self._chunk = logits_chunk
 
     @property
@@ -43,8 +48,8 @@ class Forward:
         own = {"input_ids": batch.tensors["input_ids"], "use_cache": False}
         if batch.padded:
             return own | {"attention_mask": batch.tensors["attention_mask"]}
-        documents = self._documents(batch.lengths, batch.tensors["input_ids"].device)
-        return own | {"position_ids": batch.tensors["position_ids"], "documents": documents}
+        documents = Documents(batch.lengths, batch.tensors["documents"], self._kernel, self._noise)
+        return own | {"position_ids": batch.tensors["position_ids"] + self._first, "documents": documents}
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """What the head is given at every position of the layout, row after row: (positions, hidden size)."""

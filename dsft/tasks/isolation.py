@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from dsft.errors import UserError
+from dsft.model.attention import cumulative
+from dsft.model.kind import Inseparable
+from dsft.model.noise import token_keys
 from dsft.tasks.forward import Forward
 from dsft.types import Batch, Example
 
@@ -22,10 +25,6 @@ UNCHANGED = 1e-6
 
 MASKED = 3e4
 """Logits beyond are no answers: some models so mask what is no token, with infinity or the least number of fp16."""
-
-
-class Inseparable(UserError):
-    """A model does not keep documents apart in this layout."""
 
 
 def probe_tokens(examples: Iterable[Example]) -> torch.Tensor:
@@ -51,12 +50,16 @@ def probe_tokens(examples: Iterable[Example]) -> torch.Tensor:
 def probe_batch(first: torch.Tensor, second: torch.Tensor, padded: bool) -> Batch:
     """Two documents of PROBE tokens in a flat row; or one and the beginning of the other, SHORT tokens, padded."""
     positions = torch.arange(PROBE, device=first.device)
-    if not padded:
-        tensors = {"input_ids": torch.cat([first, second])[None], "position_ids": positions.repeat(2)[None]}
-        return Batch(tensors, [PROBE, PROBE], 0.0, 2, [0, 1])
-    mask = torch.stack([positions >= 0, positions < SHORT]).long()
-    tensors = {"input_ids": torch.stack([first, second.where(mask[1] > 0, first)]), "attention_mask": mask}
-    return Batch(tensors, [PROBE, SHORT], 0.0, 2, [0, 1], padded=True)
+    lengths = [PROBE, SHORT if padded else PROBE]
+    if padded:
+        mask = torch.stack([positions >= 0, positions < SHORT]).long()
+        laid = {"input_ids": torch.stack([first, second.where(mask[1] > 0, first)]), "attention_mask": mask}
+    else:
+        laid = {"input_ids": torch.cat([first, second])[None], "position_ids": positions.repeat(2)[None]}
+        laid["documents"] = cumulative(lengths)
+    noise = token_keys(0, (0, 0), lengths, [0, 1], PROBE if padded else None)
+    tensors = laid | {"noise": noise, "lengths": torch.tensor(lengths)}
+    return Batch(tensors, lengths, 0.0, 2, [0, 1], padded=padded).to(first.device)
 
 
 def check(forward: Forward, probe: torch.Tensor, padded: bool) -> torch.Tensor:
@@ -98,7 +101,9 @@ def check(forward: Forward, probe: torch.Tensor, padded: bool) -> torch.Tensor:
     differs = change(logits[here], expected).median()
     if not (moved.max() <= 10 * rounding.max() + UNCHANGED and differs < torch.finfo(logits.dtype).eps ** 0.5):
         where = "padded rows" if padded else "the documents of a row"
-        remedy = "Use another model." if padded else "Use data.packing=padded, or another model."
+        remedy = "Use data.packing=padded, or another model."
+        if padded:
+            remedy = "Let it have one document at a time: batch.micro_batch_size=1 eval.micro_batch_size=1."
         raise Inseparable(f"{name} does not keep {where} apart: its logits are not the same there as alone. {remedy}")
     return logits
 
@@ -124,7 +129,8 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def document(ids: torch.Tensor, padded: bool) -> Batch:
     """A batch of one document without targets; `ids` are int64, shape (1, tokens)."""
     tokens = ids.shape[1]
-    layout = {"attention_mask": torch.ones_like(ids)} if padded else {"position_ids": torch.arange(tokens)[None]}
+    flat = {"position_ids": torch.arange(tokens)[None], "documents": cumulative([tokens])}
+    layout = {"attention_mask": torch.ones_like(ids)} if padded else flat
     nothing = torch.zeros(1, dtype=torch.int64)
     targets = {"target_at": nothing, "target_ids": nothing, "target_weights": torch.zeros(1)}
     tensors = {"input_ids": ids, **layout, **targets, "weight": torch.zeros((), dtype=torch.float64)}

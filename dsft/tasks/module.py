@@ -13,7 +13,6 @@ from torch import nn
 from dsft.config.schema import Attention
 from dsft.errors import UserError
 from dsft.metrics import Tally
-from dsft.model.attention import Documents
 from dsft.model.noise import Noise
 from dsft.tasks import isolation
 from dsft.tasks.forward import Forward
@@ -27,36 +26,37 @@ class TaskModule(nn.Module):
     Args:
         model: A transformers model, possibly wrapped by peft.
         loss: The task's (`Task.loss`).
-        documents: Makes the attention's description of a flat row from its document lengths.
+        kernel: Which attention kernel flat rows get.
         logits_chunk: Targets whose logits exist at once.
         noise: Draws all of the model's randomness while it trains.
         probe: From `isolation.probe_tokens`.
         padded: The layout of the batches that will come.
+        alone: Whether each of them holds a single document, which then needs no check.
 
     Attributes:
         noise: The same.
-        padded: The same; another value makes the model be checked anew.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]],
-        documents: Callable[..., Documents],
+        kernel: Attention,
         logits_chunk: int,
         noise: Noise,
         probe: torch.Tensor,
         padded: bool = False,
+        alone: bool = False,
     ):
         super().__init__()
         self.model = model
         # no module, so that the head does not stand twice in the module tree
-        self._forward = Forward(model, documents, logits_chunk)
+        self._forward = Forward(model, kernel, noise, logits_chunk)
         self._loss = loss
         self.noise = noise
         self._probe = probe
-        self.padded = padded
-        self._checked: bool | None = None
+        self._padded, self._alone = padded, alone
+        self._checked = False
 
     @property
     def chunked(self) -> bool:
@@ -73,10 +73,10 @@ class TaskModule(nn.Module):
             UserError: On the first call: this model's documents would see each other, or its noise would depend on
                 the split of the work.
         """
-        if self._checked is not self.padded:
+        if not self._checked:
             self._check(batch.tensors["input_ids"].device)
         if self.training:
-            self.noise.begin(batch.step, batch.lengths, batch.numbers, batch.tensors["input_ids"].device)
+            self.noise.begin(batch)
         with self.noise.drawing() if self.training else nullcontext():
             loss, sums = self._loss(self._forward, batch)
         return loss, Tally({"loss": loss.detach(), "weight": batch.tensors["weight"], **sums})
@@ -88,19 +88,19 @@ class TaskModule(nn.Module):
     def _check(self, device: torch.device) -> None:
         """Make sure that documents are kept apart, that the head gets what it gets in the model, and what is drawn."""
         first, _, second = probe = self._probe.to(device)
-        pair = isolation.probe_batch(first, second, self.padded)
+        pair = isolation.probe_batch(first, second, self._padded)
         forward, training = self._forward, self.training
         with torch.no_grad(), self._first_pass():
             self.eval()
-            logits = isolation.check(forward, probe, self.padded)
+            logits = forward.logits(pair) if self._alone else isolation.check(forward, probe, self._padded)
             forward.learn_head(pair, logits, isolation.same)
             self.train()
-            self.noise.begin(pair.step, pair.lengths, pair.numbers, device)
+            self.noise.begin(pair)
             inputs = forward.inputs(pair)
             kernel = inputs["documents"].kernel if "documents" in inputs else None
             self.noise.rehearse(lambda: self.model(**inputs), exempt=kernel is Attention.flash)
             self.train(training)
-        self._checked = self.padded
+        self._checked = True
 
     @contextmanager
     def _first_pass(self) -> Iterator[None]:

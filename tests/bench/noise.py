@@ -101,9 +101,8 @@ def task(
     model = tuning.apply(model, TuningConfig(method=method, dropout=rate), seed=0).to(device)
     noise = Noise(model, 0, alpha)
     kernel = attention.choose_kernel(Attention.auto, device, dtype, dropout=attention_rate > 0)
-    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
     tokens = probe_tokens([example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
-    return TaskModule(model, TASKS["causal_lm"].loss, documents, 1024, noise, tokens).train()
+    return TaskModule(model, TASKS["causal_lm"].loss, kernel, 1024, noise, tokens).train()
 
 
 def torchs_own(task: TaskModule) -> TaskModule:

@@ -54,8 +54,7 @@ def main() -> None:
     kernel = attention.choose_kernel(Attention.auto, device, dtype)
     model = models.load_model(source, dtype, attention.NAME).to(device).train()
     noise = Noise(model, 0)
-    documents = partial(attention.Documents.of, kernel=kernel, noise=noise)
-    flat = TaskModule(model, TASKS["causal_lm"].loss, documents, 1024, noise, probe_tokens(train))
+    flat = TaskModule(model, TASKS["causal_lm"].loss, kernel, 1024, noise, probe_tokens(train))
     plain = models.load_model(source, dtype, "sdpa").to(device).train()
 
     speeds: dict[str, list[float]] = {"flat": [], "padded": []}

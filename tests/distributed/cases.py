@@ -448,8 +448,8 @@ def leaking_run(world, *, settings: dict) -> str:
     """How a run is refused whose attention sees across documents."""
     kept = attention._per_document
 
-    def leaking(query, key, value, lengths, scale, window):
-        return kept(query, key, value, [sum(lengths)], scale, window)
+    def leaking(query, key, value, lengths, scale, window, causal):
+        return kept(query, key, value, [sum(lengths)], scale, window, causal)
 
     attention._per_document = leaking
     try:

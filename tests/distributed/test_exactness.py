@@ -141,7 +141,7 @@ def plain_loop(model_dir: str, way: Way, packing: str):
         optimizer.zero_grad()
         total = 0.0
         for example in batch:
-            noise.begin((epoch, place), [len(example.ids)], [example.number], torch.device("cpu"))
+            tiny.begin(noise, (epoch, place), [len(example.ids)], [example.number])
             ids = torch.from_numpy(example.ids.astype(np.int64))[None]
             targets = torch.where(torch.from_numpy(example.columns["supervised"]), ids[0], -100)
             logits = model(input_ids=ids, use_cache=False).logits[0]

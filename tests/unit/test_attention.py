@@ -1,7 +1,6 @@
 """Documents of a row do not see each other, and each gets what transformers' own attention gives it alone."""
 
 import copy
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from dsft.errors import UserError
 from dsft.model import attention
 
 CPU = torch.device("cpu")
-DOCUMENTS = partial(attention.Documents.of, kernel=Attention.per_document)
+DOCUMENTS = tiny.documents
 EXAMPLES = tiny.examples(5, shortest=2, longest=17, vocabulary=100)
 WORKING = {
     "llama": {},
@@ -43,7 +42,6 @@ LEAKING = {
     "minimax": (MINIMAX, "keep the documents of a row apart"),  # recurrent in one layer of two
     "gemma2": ({}, "Gemma2Attention asks for attention with softcap"),
     "gpt_oss": ({"num_local_experts": 2}, "GptOssAttention asks for attention with s_aux"),
-    "bert": ({}, "BertSelfAttention asks for attention with is_causal=False"),
     "doge": ({}, "DogeAttention asks for attention with attention_mask"),
 }
 
@@ -174,7 +172,7 @@ def test_attention_dropout_needs_a_kernel_that_can():
     assert attention.choose_kernel(Attention.auto, cuda_like, torch.float32, dropout=True) is Attention.per_document
     assert attention.has_dropout(tiny.llama_config(attention_dropout=0.1))
     assert not attention.has_dropout(tiny.llama_config())
-    documents = attention.Documents.of([3], CPU, Attention.torch_varlen)
+    documents = tiny.documents([3], CPU, Attention.torch_varlen)
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(UserError, match=r"use model\.attention=per_document, or model\.attention=flash"):
         attention.attention(torch.nn.Identity(), query, query, query, None, dropout=0.1, documents=documents)

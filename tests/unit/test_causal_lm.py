@@ -168,11 +168,11 @@ def test_a_model_that_leaks_is_refused_in_every_call(monkeypatch):
             ours(collate(EXAMPLES))
 
 
-def leaking(query, key, value, lengths, scale, window):
+def leaking(query, key, value, lengths, scale, window, causal):
     """Attention over the whole row, as plain SDPA would give it."""
     heads = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(heads, dim=1) for t in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 @pytest.mark.parametrize("family", ["phimoe", "llama4_text"])

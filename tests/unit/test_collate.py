@@ -24,7 +24,8 @@ def test_a_batch_can_be_read():
     assert batch.tensors["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.lengths == [4, 3]
     assert (batch.weight, batch.examples, batch.tokens) == (3, 2, 7)
-    assert {tensor.dtype for tensor in batch.tensors.values()} == {torch.int64, torch.float64}
+    assert batch.tensors["lengths"].tolist() == [4, 3]
+    assert batch.tensors["documents"].tolist() == [0, 4, 7]
 
 
 def test_no_document_predicts_the_first_token_of_the_next():

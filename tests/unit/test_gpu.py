@@ -39,7 +39,7 @@ def test_variable_length_kernels_equal_the_loop_over_documents(kernel, window):
     layer = torch.nn.Module()
     outputs = []
     for chosen in (kernel, Attention.per_document):
-        documents = attention.Documents.of(lengths, CUDA, chosen)
+        documents = tiny.documents(lengths, CUDA, chosen)
         output, _ = attention.attention(layer, query, key, value, None, documents=documents, sliding_window=window)
         gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
         outputs.append((output, *gradients))
@@ -95,7 +95,7 @@ def test_dropout_in_one_kernel_is_that_of_the_cpu(features, dtype):
     ours = noise.Noise(torch.nn.Sequential(layer), seed=1)
     results = []
     for device in (torch.device("cpu"), CUDA):
-        ours.begin((0, 3), [50, 40], [4, 9], device)
+        tiny.begin(ours, (0, 3), [50, 40], [4, 9])
         ours._features.clear()
         given = x.to(device).requires_grad_()
         y = layer.train()(given)

@@ -53,7 +53,7 @@ def step(task, *batches, number=(1, 4)) -> tuple[float, dict[str, torch.Tensor]]
     task.zero_grad()
     total = 0.0
     for examples in batches:
-        loss, _ = task(collate(examples, number))
+        loss, _ = task(collate(examples, number, seed=task.noise._seed))
         loss.backward()
         total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
@@ -159,7 +159,7 @@ def test_draws_are_uniform_and_independent():
 def test_dropout_keeps_the_expectation_and_the_rate():
     layer = nn.Dropout(0.1)
     ours = noise.Noise(nn.Sequential(layer), seed=0)
-    ours.begin((0, 0), [200], [0], CPU)
+    tiny.begin(ours, (0, 0), [200], [0])
     x = torch.ones(1, 200, 501, requires_grad=True)
     y = layer.train()(x)
     dropped = float((y == 0).double().mean())
@@ -179,10 +179,10 @@ def test_attention_dropout_is_that_of_its_weights():
     query, key, value = (torch.randn(1, heads, 11, 8) for heads in (4, 2, 2))
     layer = nn.Identity()
     ours = noise.Noise(nn.Sequential(layer), seed=0)
-    ours.begin((0, 0), [7, 4], [3, 8], CPU)
-    documents = attention.Documents.of([7, 4], CPU, attention.Attention.per_document, ours)
+    tiny.begin(ours, (0, 0), [7, 4], [3, 8])
+    documents = tiny.documents([7, 4], noise=ours)
     found, _ = attention.attention(layer, query, key, value, None, dropout=0.4, documents=documents, sliding_window=3)
-    ours.begin((0, 0), [7, 4], [3, 8], CPU)
+    tiny.begin(ours, (0, 0), [7, 4], [3, 8])
     key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
     for begin, length in ((0, 7), (7, 4)):
         rows = slice(begin, begin + length)
@@ -198,7 +198,7 @@ def test_embedding_noise_is_scaled_by_each_documents_own_length():
     model = tiny.llama().train()
     ours = noise.Noise(model, seed=0, neftune_alpha=5.0)
     embed, ids = model.get_input_embeddings(), torch.randint(400, (1, 104))
-    ours.begin((0, 0), [4, 100], [0, 1], CPU)
+    tiny.begin(ours, (0, 0), [4, 100], [0, 1])
     added = (embed(ids) - embed.eval()(ids))[0]
     for part, length in ((added[:4], 4), (added[4:], 100)):
         bound = 5.0 / (length * 32) ** 0.5
@@ -220,7 +220,7 @@ class Draws(nn.Module):
 def rehearsed(draw) -> tuple[noise.Noise, nn.Module]:
     model = Draws(draw).train()
     ours = noise.Noise(model, seed=0)
-    ours.begin((0, 1), [6], [0], CPU)
+    tiny.begin(ours, (0, 1), [6], [0])
     ours.rehearse(lambda: model(torch.zeros(1, 6, 4)))
     return ours, model
 
@@ -256,7 +256,7 @@ def test_draws_that_are_laid_out_by_the_batch_are_refused_by_name(draw, request)
 
 def test_a_tensor_that_is_not_the_row_is_refused_with_the_setting():
     """As inside experts, which see some of the tokens."""
-    with pytest.raises(UserError, match=r"shape \(3, 4\).*row's 6 tokens.*tuning\.dropout=0"):
+    with pytest.raises(UserError, match=r"shape \(3, 4\).*batch's 6 tokens.*tuning\.dropout=0"):
         rehearsed(lambda x: F.pad(F.dropout(x[0, :3], 0.5), (0, 0, 0, 3)))
 
 
@@ -278,7 +278,7 @@ def test_single_numbers_are_the_same_for_every_batch_of_a_step(draw):
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
 
     def value(step, lengths):
-        ours.begin((0, step), lengths, list(range(len(lengths))), CPU)
+        tiny.begin(ours, (0, step), lengths, list(range(len(lengths))))
         with ours.drawing():
             return float(model(torch.zeros(1, sum(lengths), 4))[0, 0, 0])
 
@@ -329,9 +329,9 @@ def test_layers_that_share_dropout_are_recomputed_with_their_own_noise():
         ours = noise.Noise(model, seed=0)
         model.contexts = ours.checkpointing
         x = torch.randn(1, 9, 4)
-        ours.begin((0, 1), [9], [0], CPU)
+        tiny.begin(ours, (0, 1), [9], [0])
         ours.rehearse(lambda model=model, x=x: model(x))
-        ours.begin((0, 1), [9], [0], CPU)
+        tiny.begin(ours, (0, 1), [9], [0])
         with ours.drawing():
             loss = model(x).sum()
         after = random.getstate(), np.random.get_state()[1].tolist()
@@ -349,8 +349,8 @@ def test_a_dropout_of_another_kind_keeps_its_own_forward():
     layer = Doubling(0.5)
     model = nn.Sequential(layer).train()
     ours = noise.Noise(model, seed=0)
-    ours.begin((0, 0), [6], [0], CPU)
+    tiny.begin(ours, (0, 0), [6], [0])
     ours.rehearse(lambda: model(torch.ones(1, 6, 4)))
-    ours.begin((0, 0), [6], [0], CPU)
+    tiny.begin(ours, (0, 0), [6], [0])
     with ours.drawing():
         assert set(model(torch.ones(1, 6, 4)).flatten().tolist()) == {0.0, 4.0}
