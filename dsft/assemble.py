@@ -41,7 +41,7 @@ from dsft.model.stopping import Stopping, find_stopping
 from dsft.optim import parameter_groups
 from dsft.runtime.place import Place
 from dsft.runtime.world import World, computes_bf16, computes_fp16
-from dsft.tasks import SETTINGS, TASKS, Task, isolation, render
+from dsft.tasks import TASKS, Task, isolation, render, settings_by_task
 from dsft.tasks.collate import Collator
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context
@@ -137,7 +137,7 @@ def plan(config: Config, place: Place) -> Plan:
     precision = _precision(config.precision)
     ds = _ds_config(config, sizes, precision, place)
     given = cli.given()
-    warn(place, check.check(config, ds, place.world_size, SETTINGS, comparable(_metrics(task)), given))
+    warn(place, check.check(config, ds, place.world_size, settings_by_task(), comparable(_metrics(task)), given))
     # a missing file is named before a model is converted
     data_on_hub = None in [sources.files(spec) for spec in effect.sources(config).values()]
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,6 +22,7 @@ from transformers import (
 
 from dsft.config.schema import Attention, DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data import dataset
+from dsft.data.sources import Raw
 from dsft.metrics import declare
 from dsft.model.attention import Documents, cumulative
 from dsft.model.noise import Noise, token_keys
@@ -64,6 +67,29 @@ def tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = tokenizer()
+
+
+def encoder_tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts [CLS] and [SEP] around a text and has a mask token, as encoders want it."""
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS)], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **names)
+
+
+ENCODER_TOKENIZER = encoder_tokenizer()
 
 METRICS = declare(TASKS["causal_lm"].metrics, TASKS["causal_lm"].target)
 """What a run of causal language modelling declares."""
@@ -136,9 +162,39 @@ def causal(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedM
     return model.eval()
 
 
+def masked(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A masked language model of any family that transformers knows, in evaluation mode, as in `causal`."""
+    shape = {"vocab_size": 400, "hidden_size": 32, "embedding_size": 32, "intermediate_size": 48}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    shape |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    known = CONFIG_MAPPING[family]()
+    settings = {name: value for name, value in shape.items() if hasattr(known, name)} | changes
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**settings)
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
+    """Random words, in English and Chinese."""
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, int(random.integers(1, longest)))) for _ in range(count)]
+
+
+def masked_examples(count: int, seed: int = 0, **settings) -> list[Example]:
+    """What masked language modelling makes of texts, of at most 48 tokens each."""
+    context = replace(collator("masked_lm", **settings).context, data=DataConfig(max_length=48))
+    rows = [Raw({"text": text}, f"text:{number}") for number, text in enumerate(texts(count, seed))]
+    return [example for row in rows for example in encode(row, TASKS["masked_lm"], context)]
+
+
 def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: int = 0, **settings) -> Collator:
     """What makes batches of a task; `settings` are those of its own section."""
-    context = Context(tokens or TOKENIZER, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
+    usual = ENCODER_TOKENIZER if TASKS[name].kind.encoder else TOKENIZER
+    context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
     return Collator(TASKS[name], context, padded)
 
 

@@ -3,12 +3,14 @@
 from dsft.tasks import causal_lm, masked_lm
 from dsft.tasks.task import Task, encode
 
-__all__ = ["SETTINGS", "TASKS", "Task", "encode"]
+__all__ = ["TASKS", "Task", "encode", "settings_by_task"]
 
 TASKS: dict[str, Task] = {
     "causal_lm": causal_lm.TASK,
     "masked_lm": masked_lm.TASK,
 }
 
-SETTINGS = {name: task.settings for name, task in TASKS.items()}
-"""Which of the settings that not every task reads each of them reads."""
+
+def settings_by_task() -> dict[str, frozenset[str]]:
+    """Which of the settings that not every task reads each of them reads."""
+    return {name: task.settings for name, task in TASKS.items()}

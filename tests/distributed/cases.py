@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+import toy
 import yaml
 from tiny import collate
 
@@ -22,11 +23,13 @@ from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.evaluate import Evaluator
 from dsft.metrics import Tally
-from dsft.model import attention, rows, tuning
-from dsft.model.load import ModelSource, activation_checkpointing, load_model
+from dsft.model import attention, layout, rows, tuning
+from dsft.model.load import ModelSource, activation_checkpointing, load_config, load_model
 from dsft.model.vocabulary import Vocabulary
+from dsft.tasks import TASKS
 from dsft.tasks.collate import Collator
 
+TASKS["toy"] = toy.TASK
 NOISE_SEED = 11
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +43,14 @@ class Examples(list):
     def __init__(self, examples):
         super().__init__(replace(example, number=number) for number, example in enumerate(examples))
         self.lengths = np.array([len(e.ids) for e in examples], dtype=np.int32)
-        self.weights = np.array([e.columns["supervised"].sum() for e in examples], dtype=np.int32)
+        self.weights = np.array([e.weight for e in examples])
+
+
+def examples_of(task: str, count: int, vocabulary: int = 400) -> Examples:
+    """A data set of a task."""
+    if TASKS[task].kind.encoder:
+        return Examples(tiny.masked_examples(count))
+    return Examples(tiny.examples(count, vocabulary=vocabulary))
 
 
 def planner(examples: Examples, packing: str, global_batch_size: int) -> Planner:
@@ -69,6 +79,8 @@ def engine(
     checkpointing=None,
     lora: dict[str, Any] | None = None,
     words: Vocabulary | None = None,
+    task: str = "causal_lm",
+    padded: bool = False,
 ):
     """An engine around the tiny model, taken apart again afterwards."""
     optim = optim or OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=1.0)
@@ -82,20 +94,22 @@ def engine(
         max_grad_norm=optim.max_grad_norm,
     )
     dtype = DTYPES[precision]
-    source = ModelSource(model_dir, None, "", model_dir)
+    kind = TASKS[task].kind
+    source = ModelSource(model_dir, None, "", model_dir, kind=kind)
+    implementation = layout.implementation(kind, load_config(source), padded)
     with building(ds) as gather:
-        model = load_model(source, dtype, attention.NAME)
+        model = load_model(source, dtype, implementation)
         rows.grow(model, words or Vocabulary(0), gather)
-        model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5, vocabulary=words)
-    task = tiny.task(model, chunk, seed=NOISE_SEED, alpha=neftune_alpha)
+        model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5, vocabulary=words, kind=kind)
+    module = tiny.task(model, chunk, name=task, seed=NOISE_SEED, alpha=neftune_alpha, padded=padded)
     if checkpointing is not None:
-        activation_checkpointing(model, checkpointing, task.noise.checkpointing)
-    made = Engine(task, ds, optim, world)
+        activation_checkpointing(model, checkpointing, module.noise.checkpointing)
+    made = Engine(module, ds, optim, world)
     try:
         yield made
     finally:
         made.close()
-        del made, model, task
+        del made, model, module
         gc.collect()
 
 
@@ -121,7 +135,9 @@ def whole_weights(made: Engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def loader(world, examples: Examples, packing: str, micro_batch_size: int, accumulation: int) -> Loader:
+def loader(
+    world, examples: Examples, packing: str, micro_batch_size: int, accumulation: int, task: str = "causal_lm"
+) -> Loader:
     plan = planner(examples, packing, micro_batch_size * accumulation * world.size)
     return Loader(
         examples,
@@ -132,7 +148,7 @@ def loader(world, examples: Examples, packing: str, micro_batch_size: int, accum
         world.size,
         micro_batch_size,
         accumulation,
-        tiny.collator(seed=NOISE_SEED).train,
+        tiny.collator(task, packing == "padded", seed=NOISE_SEED).train,
     )
 
 
@@ -146,13 +162,15 @@ def train(
     accumulation: int,
     examples: int,
     vocabulary: int = 400,
+    task: str = "causal_lm",
     **options,
 ) -> dict[str, Any]:
     """Take `steps` optimizer steps; returns loss and gradient norm of each, and the weights at the end."""
-    data = Examples(tiny.examples(examples, vocabulary=vocabulary))
+    data = examples_of(task, examples, vocabulary)
     losses, norms, applied = [], [], []
-    with engine(world, model_dir, micro_batch_size=micro_batch_size, accumulation=accumulation, **options) as made:
-        source = iter(loader(world, data, packing, micro_batch_size, accumulation))
+    options |= {"micro_batch_size": micro_batch_size, "accumulation": accumulation, "task": task}
+    with engine(world, model_dir, padded=packing == "padded", **options) as made:
+        source = iter(loader(world, data, packing, micro_batch_size, accumulation, task))
         for number in range(steps):
             step = next(source)
             tally, done = made.train_step(step.batches, step.weight, SCHEDULE[number % len(SCHEDULE)])

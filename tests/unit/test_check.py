@@ -20,7 +20,7 @@ from dsft.config.schema import (
 )
 from dsft.errors import UserError
 from dsft.metrics import comparable
-from dsft.tasks import SETTINGS
+from dsft.tasks import settings_by_task
 
 CPU = {"device": "cpu"}
 
@@ -45,7 +45,7 @@ def complaints(ds=None, world_size=2, **settings) -> list[str]:
             config(**settings),
             ds or {"zero_optimization": {"stage": 2}},
             world_size,
-            SETTINGS,
+            settings_by_task(),
             comparable(tiny.METRICS),
         )
     except UserError as error:

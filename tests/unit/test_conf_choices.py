@@ -13,7 +13,7 @@ from dsft.config import load
 from dsft.config.check import check
 from dsft.config.schema import Config
 from dsft.metrics import comparable
-from dsft.tasks import SETTINGS
+from dsft.tasks import settings_by_task
 
 load.register()
 
@@ -48,7 +48,13 @@ def compose(*overrides: str) -> Config:
 
 def sound(*overrides: str) -> Config:
     config = compose(*overrides)
-    check(config, ds_config.read(config.deepspeed.json), world_size=2, tasks=SETTINGS, metrics=comparable(tiny.METRICS))
+    check(
+        config,
+        ds_config.read(config.deepspeed.json),
+        world_size=2,
+        tasks=settings_by_task(),
+        metrics=comparable(tiny.METRICS),
+    )
     return config
 
 

@@ -18,7 +18,7 @@ from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Un
 from dsft.errors import UserError
 from dsft.metrics import comparable
 from dsft.optim import Schedule
-from dsft.tasks import SETTINGS
+from dsft.tasks import settings_by_task
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -101,9 +101,9 @@ def test_from_a_recipe_it_is_a_warning():
 def test_check_refuses_and_warns_at_once():
     made = config(tuning__rank=8, tracking__tags=["a"])
     ds = {"zero_optimization": {"stage": 2}}
-    assert len(check(made, ds, 1, SETTINGS, comparable(tiny.METRICS), frozenset())) == 2
+    assert len(check(made, ds, 1, settings_by_task(), comparable(tiny.METRICS), frozenset())) == 2
     with pytest.raises(UserError, match=r"^tracking\.tags=\[a\] does nothing with tracking\.wandb=false") as caught:
-        check(made, ds, 1, SETTINGS, comparable(tiny.METRICS), {"tracking.tags"})
+        check(made, ds, 1, settings_by_task(), comparable(tiny.METRICS), {"tracking.tags"})
     assert "tuning.rank" not in str(caught.value)
 
 

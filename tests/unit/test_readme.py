@@ -15,7 +15,7 @@ from dsft import ds_config
 from dsft.config import cli, load, table
 from dsft.config.check import check
 from dsft.metrics import comparable
-from dsft.tasks import SETTINGS
+from dsft.tasks import settings_by_task
 from dsft.tasks.conversation import SHAPES
 
 load.register()
@@ -68,7 +68,12 @@ def test_a_command_composes_and_its_settings_agree(command):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = load.from_hydra(hydra.compose("config", overrides=overrides))
     check(
-        config, ds_config.read(config.deepspeed.json), RANKS, SETTINGS, comparable(tiny.METRICS), cli.names(overrides)
+        config,
+        ds_config.read(config.deepspeed.json),
+        RANKS,
+        settings_by_task(),
+        comparable(tiny.METRICS),
+        cli.names(overrides),
     )
 
 

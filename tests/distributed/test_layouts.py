@@ -1,0 +1,196 @@
+"""The first promise for encoders, and for models that are trained padded, against plain loops over single examples."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cases
+import numpy as np
+import pairwise
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_exactness import clip, deviation
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dsft.model.noise import Noise
+from dsft.tasks.masked_lm import inputs
+from dsft.tasks.task import View
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+EXAMPLES = 50
+GLOBAL_BATCH = 12
+LIMIT = 1e-5
+TABLE: dict[tuple, dict[str, float]] = {}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model and a layout."""
+
+    title: str
+    family: str
+    packing: str
+    task: str = "masked_lm"
+    model: dict = field(default_factory=dict)
+
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+MODERN = {"local_attention": 16, "global_attn_every_n_layers": 2, "attention_dropout": 0.0}
+LFM = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
+WAYS = {
+    "bert": Way("BERT with dropout, flat rows", "bert", "bfd", model=DROPOUT),
+    "bert padded": Way("BERT with dropout, padded", "bert", "padded", model=DROPOUT),
+    "modernbert": Way("ModernBERT, flat rows", "modernbert", "bfd", model=MODERN),
+    "modernbert padded": Way("ModernBERT, padded", "modernbert", "padded", model=MODERN),
+    "mamba": Way("Mamba (recurrent), padded", "mamba", "padded", "causal_lm", {"state_size": 4}),
+    "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
+}
+RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
+WHOLE = list(itertools.product(RANKS, ACCUMULATION, STAGES, WAYS))
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    """Directory of each way's model."""
+    made = {}
+    for name, way in WAYS.items():
+        made[name] = str(tmp_path_factory.mktemp(way.family))
+        make = tiny.masked if way.task == "masked_lm" else tiny.causal
+        make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(model_dirs):
+    """The plain loop of each way, run when first asked for."""
+    done = {}
+
+    def get(name: str):
+        if name not in done:
+            done[name] = plain_loop(model_dirs[name], WAYS[name])
+        return done[name]
+
+    return get
+
+
+def written_out(noise: Noise):
+    """Attention over one example as a formula, both ways, with the weights that its noise drops."""
+
+    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, sliding_window=None, **_):
+        scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+        if sliding_window is not None:
+            places = torch.arange(query.shape[2])
+            far = (places[:, None] - places).abs() >= sliding_window
+            scores = scores.masked_fill(far, -torch.inf)
+        weights = scores.softmax(-1)
+        if dropout:
+            weights = noise.attention_dropout(module, weights[0], 0, dropout)[None]
+            noise.attended(module)
+        return (weights @ value).transpose(1, 2), None
+
+    return attention
+
+
+def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
+    """The summed loss of one example alone."""
+    if way.task == "masked_lm":
+        made = inputs(example, View(epoch), tiny.collator("masked_lm", seed=cases.NOISE_SEED).context)
+        ids, labels = (torch.from_numpy(made[key])[None] for key in ("input_ids", "labels"))
+        logits = model(input_ids=ids).logits[0]
+        return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
+    ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    targets = torch.where(torch.from_numpy(example.columns["supervised"]), ids[0], -100)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum")
+
+
+def plain_loop(model_dir: str, way: Way):
+    auto = AutoModelForMaskedLM if way.task == "masked_lm" else AutoModelForCausalLM
+    model = auto.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    noise = Noise(model, cases.NOISE_SEED)
+    if way.task == "masked_lm":
+        AttentionInterface.register("written_out_both", written_out(noise))
+        AttentionMaskInterface.register("written_out_both", lambda *_, **__: None)
+        model.set_attn_implementation("written_out_both")
+    model.train()
+    trained = list(model.named_parameters())
+    undecayed = [p for n, p in trained if p.dim() < 2 or re.search("norm|Norm|embed", n)]
+    decayed = [p for _, p in trained if all(p is not u for u in undecayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}], lr=1e-3, foreach=False
+    )
+    data = cases.examples_of(way.task, EXAMPLES)
+    plan = cases.planner(data, way.packing, GLOBAL_BATCH)
+    losses, norms, epoch, place = [], [], 0, 0
+    for number in range(STEPS):
+        if place == plan.steps(epoch):
+            epoch, place = epoch + 1, 0
+        batch = [data[int(i)] for row in plan.step_rows(epoch, place) for i in row]
+        weight = sum(example.weight for example in batch)
+        optimizer.zero_grad()
+        total = 0.0
+        for example in batch:
+            tiny.begin(noise, (epoch, place), [example.tokens], [example.number])
+            loss = target_loss(model, way, example, epoch) / weight
+            loss.backward()
+            total += float(loss.detach())
+        norms.append(clip([p.grad for _, p in trained if p.grad is not None], 1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * cases.SCHEDULE[number]
+        optimizer.step()
+        losses.append(total)
+        place += 1
+    # a bias of keys has a gradient of 0 but for rounding, by whose size Adam divides it
+    weights = {n: p.detach().clone() for n, p in trained if not n.endswith("key.bias")}
+    return {"loss": losses, "grad_norm": norms, "weights": weights}
+
+
+@pytest.mark.parametrize(("ranks", "accumulation", "stage", "name"), pairwise.cases(RANKS, ACCUMULATION, STAGES, WAYS))
+def test_same_as_a_plain_loop_over_single_examples(pools, reference, model_dirs, ranks, accumulation, stage, name):
+    way = WAYS[name]
+    results = pools(ranks).run(
+        cases.train,
+        model_dir=model_dirs[name],
+        steps=STEPS,
+        packing=way.packing,
+        micro_batch_size=GLOBAL_BATCH // ranks // accumulation,
+        accumulation=accumulation,
+        stage=stage,
+        examples=EXAMPLES,
+        task=way.task,
+    )
+    found = [deviation(result, reference(name)) for result in results]
+    TABLE[ranks, accumulation, stage, name] = {k: max(f[k] for f in found) for k in found[0]}
+    assert all(value <= LIMIT for f in found for value in f.values()), found
+
+
+def table() -> str:
+    """The whole matrix as Markdown: a row per ranks, accumulation and stage, a column per way."""
+    lines = [f"| ranks | accumulation | ZeRO | {' | '.join(way.title for way in WAYS.values())} |"]
+    lines.append("|---|---|---|" + "---|" * len(WAYS))
+    for ranks, accumulation, stage in itertools.product(RANKS, ACCUMULATION, STAGES):
+        cells = [TABLE[ranks, accumulation, stage, name] for name in WAYS]
+        numbers = " | ".join(f"{c['loss']:.1e} / {c['grad_norm']:.1e} / {c['weights']:.1e}" for c in cells)
+        lines.append(f"| {ranks} | {accumulation} | {stage[-1]} | {numbers} |")
+    worst = {key: max(cell[key] for cell in TABLE.values()) for key in ("loss", "grad_norm", "weights")}
+    lines += ["", "Largest of all: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()) + "."]
+    return "\n".join(lines)
+
+
+def test_the_whole_matrix_of_layouts_is_published():
+    """docs/EXACTNESS.md shows the matrix; DSFT_PUBLISH=1 tries all of it and writes this run's figures."""
+    file = ROOT / "docs" / "EXACTNESS.md"
+    before, rest = file.read_text(encoding="utf-8").split("<!-- layouts -->\n")[:2]
+    shown, after = rest.split("<!-- /layouts -->")
+    if pairwise.PUBLISH and set(TABLE) == set(WHOLE):
+        shown = table() + "\n"
+        file.write_text(f"{before}<!-- layouts -->\n{shown}<!-- /layouts -->{after}", encoding="utf-8")
+    published = [float(number) for number in re.findall(r"\d\.\de-\d\d", shown.split("Largest of all")[0])]
+    assert len(published) == 3 * len(WHOLE)
+    assert max(published) <= LIMIT
