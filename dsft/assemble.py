@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Plan:
         validation: Validation examples, or None.
         audit: What became of the records.
         packing: What `data.packing=auto` means here.
-        why: Why it means that; None where the setting says it.
+        why: Why it means that; None where the setting itself says it.
         planner: Which examples make which step.
         total_steps: When the run is over.
         collator: Makes batches of examples.
@@ -137,7 +138,7 @@ def plan(config: Config, place: Place) -> Plan:
     precision = _precision(config.precision)
     ds = _ds_config(config, sizes, precision, place)
     given = cli.given()
-    warn(place, check.check(config, ds, place.world_size, settings_by_task(), comparable(_metrics(task)), given))
+    warn(place, check.check(config, ds, place.world_size, settings_by_task(), _comparable(config, task), given))
     # a missing file is named before a model is converted
     data_on_hub = None in [sources.files(spec) for spec in effect.sources(config).values()]
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
@@ -150,7 +151,7 @@ def plan(config: Config, place: Place) -> Plan:
     packing, why = config.data.packing, None
     if packing is Packing.auto:
         why = layout.why_padded(task.kind, model.config)
-        packing = Packing.padded if why else Packing.bfd
+        packing, why = (Packing.padded, why) if why else (Packing.bfd, "the model keeps documents apart")
     made = Plan(
         task=task,
         sizes=sizes,
@@ -170,6 +171,13 @@ def plan(config: Config, place: Place) -> Plan:
 
 def _metrics(task: Task) -> dict[str, Metric]:
     return declare(task.metrics, task.target)
+
+
+def _comparable(config: Config, task: Task) -> list[str]:
+    """Metrics by which a run can be judged, as far as its settings let them be formed."""
+    metrics = _metrics(task)
+    needed = {name: metrics[name].needs for name in comparable(metrics)}
+    return [name for name, setting in needed.items() if setting is None or attrgetter(setting)(config) != 0]
 
 
 def _ds_config(config: Config, sizes: check.BatchSizes, precision: Precision, place: Place) -> dict[str, Any]:

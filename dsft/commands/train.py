@@ -163,6 +163,8 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
         audit = plan.audit | {"packing": packing, "new_tokens": new_tokens}
         _describe_run(config, plan.ds, run_dir, tracker, audit)
         audits.show(audit, plan.train_set[0], plan.model.tokenizer, Console(stderr=True))
+        if plan.why:
+            tracker.note(f"data.packing=auto takes {plan.packing.value}: {plan.why}")
         tracker.note(_headline(the_loop.engine, plan, run_dir))
         trained = config.tuning.method is Method.full or config.tuning.new_tokens
         for line in [*plan.model.words.notes(audit["new_tokens"], trained), plan.model.stopping.note]:

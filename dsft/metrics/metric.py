@@ -63,6 +63,7 @@ class Metric:
         headline: Whether the report's head and the final summary name it.
         optional: Whether a row may lack it, as not every run has the quantities.
         quiet: A value that the bar leaves out.
+        needs: A setting that leaves it out where it is 0.
         meaning: More about it, for the table of metrics.
     """
 
@@ -78,6 +79,7 @@ class Metric:
     headline: bool = True
     optional: bool = False
     quiet: float | None = None
+    needs: str | None = None
     meaning: str = ""
 
     def shown(self, value: float) -> str:

@@ -33,6 +33,9 @@ exactly that."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _GOLDEN = 0x9E3779B97F4A7C15
+MANY = 8
+"""Experts that share a token at most, so that more rows than this times the tokens do not come from a batch."""
+
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 """Of the mixer, as signed 32-bit numbers."""
 
@@ -144,6 +147,8 @@ class Noise:
         self._features: dict[str, torch.Tensor] = {}
         self._calls: Counter = Counter()
         self._functional = self._global = False
+        self._met: dict[str, list[tuple[int, ...]]] | None = None
+        self._tables: dict[str, tuple[int, ...]] = {}
         for module in model.modules():
             # a subclass with a forward of its own is met at the function that it calls
             if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
@@ -191,11 +196,12 @@ class Noise:
             if after:
                 _set_host_states(after)
 
-    def rehearse(self, forward: Callable[[], object], exempt: bool = False) -> None:
-        """Run a training forward pass to see what the model draws; random states are put back.
+    def rehearse(self, *forwards: Callable[[], object], exempt: bool = False) -> None:
+        """Run training forward passes to see what the model draws; random states are put back.
 
         Args:
-            forward: The pass, after `begin`.
+            forwards: The passes, each of a batch of another size, with its `begin`. What has the same shape in all of
+                them, and is not laid out as the tokens are, does not depend on the batch.
             exempt: Whether torch's own generator may move: a fused attention kernel draws its dropout inside.
 
         Raises:
@@ -205,9 +211,18 @@ class Noise:
         with torch.random.fork_rng(devices):
             host, device = _host_states(), _device_states()
             watch = RandomCalls(self)
+            self._met = {}
             with watch:
-                forward()
+                for forward in forwards:
+                    forward()
             self._functional = watch.seen
+            met, self._met = self._met, None
+            for place, shapes in met.items():
+                # more rows than experts together get of the tokens
+                large = shapes[0][0] > MANY * self._tokens.numel()
+                if len(forwards) < 2 or shapes != [shapes[0]] * len(forwards) or not large:
+                    raise UserError(self._out_of_order(place, shapes[0]))
+                self._tables[place] = shapes[0]
             self._global = host != _host_states()
             if device != _device_states() and not exempt:
                 raise UserError(
@@ -229,19 +244,15 @@ class Noise:
             p: Share of elements set to 0, of all values scaled so that the expectation stays.
 
         Raises:
-            UserError: `x` does not hold the batch's tokens in their order, as inside experts.
+            UserError: `x` does not hold the batch's tokens in their order, as inside experts, but depends on it.
         """
         padded, layout = self._tokens.dim() == 2, (1, *self._tokens.shape)[-2:]
         if padded and x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (*layout, layout[1]):
             return self._padded_attention_dropout(module, x, p)
         tokens = self._tokens.numel()
-        if not (x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == layout)):
-            raise UserError(
-                f"{self._names[module]} draws dropout on a tensor of shape {tuple(x.shape)}, which is not the batch's "
-                f"{tokens} tokens in order, so that its noise would depend on the split of the work. Set "
-                "tuning.dropout=0, or leave such modules out of tuning.target_modules; for a dropout of the model's "
-                "own set it to 0 in its config.json."
-            )
+        in_order = x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == layout)
+        if not in_order or self._tables.get(self._place(module)) == x.shape:
+            return self._table_dropout(module, x, p)
         features = x.numel() // tokens
         keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
         self._calls[module] += 1
@@ -251,6 +262,32 @@ class Noise:
 
             return FusedDrop.apply(x, self._tokens.flatten(), keys[0], dropped)
         return _dropped(x, draw(self._tokens.view(-1, 1), keys)[:, :features].reshape(x.shape), dropped)
+
+    def _table_dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Dropout of a tensor that has nothing to do with the batch, such as a table of relative positions.
+
+        It is the same for all batches of an optimizer step. Which tensors are such, `rehearse` finds out.
+        """
+        place, shape = self._place(module), tuple(x.shape)
+        self._calls[module] += 1
+        if self._met is not None:
+            self._met.setdefault(place, []).append(shape)
+            return x
+        if self._tables.get(place) != shape:
+            raise UserError(self._out_of_order(place, shape))
+        features = x.numel() // len(x)
+        of_step = int(_chain(self._seed, *self._step, 2) >> np.uint64(32)) - (1 << 31)
+        rows = self._keys(f"rows of {place}", 1, len(x), x.device)[0] ^ of_step
+        keys = self._keys(place, 1, (features + 1) // 2, x.device)
+        return _dropped(x, draw(rows.unsqueeze(1), keys)[:, :features].reshape(x.shape), round(p * LEVELS))
+
+    def _out_of_order(self, place: str, shape: tuple[int, ...]) -> str:
+        return (
+            f"{place.partition('#')[0]} draws dropout on a tensor of shape {shape}, which is not the batch's "
+            f"{self._tokens.numel()} tokens in order, so that its noise would depend on the split of the work. Set "
+            "tuning.dropout=0, or leave such modules out of tuning.target_modules; for a dropout of the model's "
+            "own set it to 0 in its config.json."
+        )
 
     def attention_dropout(self, module: nn.Module, weights: torch.Tensor, begin: int, p: float) -> torch.Tensor:
         """Dropout of one document's attention weights.

@@ -48,16 +48,23 @@ def probe_tokens(examples: Iterable[Example]) -> torch.Tensor:
 
 
 def probe_batch(first: torch.Tensor, second: torch.Tensor, padded: bool) -> Batch:
-    """Two documents of PROBE tokens in a flat row; or one and the beginning of the other, SHORT tokens, padded."""
+    """Two documents in a flat row; or padded, the second one cut to SHORT tokens.
+
+    Args:
+        first: int64, shape (tokens,).
+        second: int64, shape (PROBE,).
+        padded: The layout.
+    """
+    lengths = [len(first), SHORT if padded else len(second)]
     positions = torch.arange(PROBE, device=first.device)
-    lengths = [PROBE, SHORT if padded else PROBE]
     if padded:
-        mask = torch.stack([positions >= 0, positions < SHORT]).long()
-        laid = {"input_ids": torch.stack([first, second.where(mask[1] > 0, first)]), "attention_mask": mask}
+        mask = positions[: lengths[0]] < torch.tensor(lengths, device=first.device)[:, None]
+        ids = torch.stack([first, second[: lengths[0]].where(mask[1], first)])
+        laid = {"input_ids": ids, "attention_mask": mask.long()}
     else:
-        laid = {"input_ids": torch.cat([first, second])[None], "position_ids": positions.repeat(2)[None]}
-        laid["documents"] = cumulative(lengths)
-    noise = token_keys(0, (0, 0), lengths, [0, 1], PROBE if padded else None)
+        laid = {"input_ids": torch.cat([first, second])[None], "documents": cumulative(lengths)}
+        laid["position_ids"] = torch.cat([positions[:length] for length in lengths])[None]
+    noise = token_keys(0, (0, 0), lengths, [0, 1], lengths[0] if padded else None)
     tensors = laid | {"noise": noise, "lengths": torch.tensor(lengths)}
     return Batch(tensors, lengths, 0.0, 2, [0, 1], padded=padded).to(first.device)
 

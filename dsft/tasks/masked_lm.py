@@ -200,6 +200,7 @@ METRICS = {
         ("pseudo_loss", "pseudo_tokens"),
         perplexity,
         better="lower",
+        needs="eval.pseudo_perplexity",
         meaning="each token hidden alone (arXiv:1910.14659); left out with `eval.pseudo_perplexity=0`",
     ),
     "token_accuracy": Metric(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class TaskModule(nn.Module):
         self.model = model
         # no module, so that the head does not stand twice in the module tree
         self._forward = Forward(model, kernel, noise, logits_chunk)
-        self._loss = loss
+        self._loss, self._kernel = loss, kernel
         self.noise = noise
         self._probe = probe
         self._padded, self._alone = padded, alone
@@ -95,12 +96,15 @@ class TaskModule(nn.Module):
             logits = forward.logits(pair) if self._alone else isolation.check(forward, probe, self._padded)
             forward.learn_head(pair, logits, isolation.same)
             self.train()
-            self.noise.begin(pair)
-            inputs = forward.inputs(pair)
-            kernel = inputs["documents"].kernel if "documents" in inputs else None
-            self.noise.rehearse(lambda: self.model(**inputs), exempt=kernel is Attention.flash)
+            sizes = (pair, isolation.probe_batch(second[:-1], first, self._padded))
+            exempt = not self._padded and self._kernel is Attention.flash
+            self.noise.rehearse(*(partial(self._rehearse, batch) for batch in sizes), exempt=exempt)
             self.train(training)
         self._checked = True
+
+    def _rehearse(self, batch: Batch) -> None:
+        self.noise.begin(batch)
+        self.model(**self._forward.inputs(batch))
 
     @contextmanager
     def _first_pass(self) -> Iterator[None]:

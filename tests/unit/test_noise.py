@@ -354,3 +354,32 @@ def test_a_dropout_of_another_kind_keeps_its_own_forward():
     tiny.begin(ours, (0, 0), [6], [0])
     with ours.drawing():
         assert set(model(torch.ones(1, 6, 4)).flatten().tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_table_of_the_models_own_draws_the_same_for_all_batches_of_a_step(padded):
+    """DeBERTa drops entries of its relative positions, which no batch lays out."""
+
+    class Relative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(400, 6))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self):
+            return self.drop(self.weight)
+
+    model = Relative().train()
+    ours = Noise(model, 3)
+
+    def drawn(step, lengths):
+        tiny.begin(ours, step, lengths, list(range(len(lengths))), max(lengths) if padded else None)
+        return model()
+
+    with pytest.raises(UserError, match=r"drop draws dropout on a tensor of shape \(400, 6\)"):
+        drawn((0, 1), [5, 3])
+    ours.rehearse(lambda: drawn((0, 0), [5, 3]), lambda: drawn((0, 0), [4, 4, 2]))
+    kept = drawn((0, 1), [5, 3]) > 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert torch.equal(drawn((0, 1), [400]) > 0, kept), "though this batch has as many tokens as the table rows"
+    assert not torch.equal(drawn((0, 2), [5, 3]) > 0, kept)
