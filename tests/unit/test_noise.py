@@ -370,7 +370,7 @@ def test_a_table_of_the_models_own_draws_the_same_for_all_batches_of_a_step(padd
             return self.drop(self.weight)
 
     model = Relative().train()
-    ours = Noise(model, 3)
+    ours = noise.Noise(model, 3)
 
     def drawn(step, lengths):
         tiny.begin(ours, step, lengths, list(range(len(lengths))), max(lengths) if padded else None)
