@@ -24,9 +24,9 @@ lint: $(READY)
 	$(RUN) ruff format --check
 	$(RUN) lint-imports
 
-# the settings in both READMEs, from the schema's docstrings, and the metrics, from their declarations
+# docs/SETTINGS.md from the schema, docs/METRICS.md from the metrics' declarations
 table: $(READY)
-	$(RUN) python -m dsft.config.table README.md README.zh-CN.md
+	$(RUN) python -m dsft.config.table docs/SETTINGS.md
 	$(RUN) python -m dsft.tasks.metrics_table docs/METRICS.md
 
 clean:

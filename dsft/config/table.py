@@ -1,4 +1,4 @@
-"""The README's table of settings, made from the schema: `python -m dsft.config.table [FILE ...]`.
+"""The table of settings, made from the schema: `python -m dsft.config.table [FILE ...]`.
 
 Without files it prints the table, else it puts the table between each file's two MARKs.
 """

@@ -98,3 +98,4 @@ def test_a_malformed_row_is_named(pools, home):
 def test_it_is_short_and_stands_in_the_guide():
     text = (ROOT / "tests" / "toy.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
+    assert text in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

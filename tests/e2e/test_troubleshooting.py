@@ -1,4 +1,4 @@
-"""Every mistake that the README shows, made for real: what it says is printed is what is printed."""
+"""Every mistake that the document shows, made for real: what it says is printed is what is printed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT = [
 
 
 def cases(readme: str) -> list[tuple[str, str]]:
-    """Arguments of each command that a README's troubleshooting part shows, and what it says is printed."""
+    """Arguments of each command that a troubleshooting document shows, and what it says is printed."""
     return CASE.findall((ROOT / readme).read_text(encoding="utf-8"))
 
 
@@ -103,7 +103,7 @@ def told_by_a_process(command: str, home: Path, scratch: Path, monkeypatch) -> t
     return result.code, result.err
 
 
-@pytest.mark.parametrize(("command", "expected"), cases("README.md"))
+@pytest.mark.parametrize(("command", "expected"), cases("docs/TROUBLESHOOTING.md"))
 def test_the_user_sees_what_the_readme_shows(command, expected, home, scratch, monkeypatch, capsys):
     if in_use(command):
         code, err = told_by_a_process(command, home, scratch, monkeypatch)
@@ -116,5 +116,5 @@ def test_the_user_sees_what_the_readme_shows(command, expected, home, scratch, m
 
 
 def test_there_are_at_least_ten_and_both_languages_show_the_same():
-    assert len(cases("README.md")) >= 10
-    assert cases("README.md") == cases("README.zh-CN.md")
+    assert len(cases("docs/TROUBLESHOOTING.md")) >= 10
+    assert cases("docs/TROUBLESHOOTING.md") == cases("docs/TROUBLESHOOTING.zh-CN.md")

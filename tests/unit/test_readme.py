@@ -1,4 +1,4 @@
-"""What the READMEs say of settings, metrics, records, commands and files is so."""
+"""What READMEs and documents say of settings, metrics, records, commands and files is so."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tiny
 from dsft import ds_config
 from dsft.config import cli, load, table
 from dsft.config.check import check
+from dsft.config.schema import knobs
 from dsft.metrics import comparable
 from dsft.tasks import settings_by_task
 from dsft.tasks.conversation import SHAPES
@@ -22,6 +23,11 @@ load.register()
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.zh-CN.md"]
+RECIPES = ["docs/RECIPES.md", "docs/RECIPES.zh-CN.md"]
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+ONE_READING = 200
+"""Lines that a README may have."""
+
 RANKS = 2
 
 
@@ -39,12 +45,25 @@ def commands(text: str) -> list[str]:
     ]
 
 
-def test_the_table_of_settings_is_that_of_the_schema(readme):
-    assert table.with_table(readme) == readme, "run `make table`"
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_every_metric_is_named(readme):
-    assert not [name for name in tiny.METRICS if f"`{name}`" not in readme]
+def test_a_readme_is_one_reading(readme):
+    assert len(readme.splitlines()) < ONE_READING
+
+
+def test_the_tables_are_those_of_schema_and_declarations():
+    assert table.with_table(text("docs/SETTINGS.md")) == text("docs/SETTINGS.md"), "run `make table`"
+
+
+def test_no_setting_or_metric_is_described_in_two_places():
+    """A table row of one stands in the generated documents alone."""
+    names = [*knobs(), *tiny.METRICS]
+    for name in DOCUMENTS:
+        if name not in ("docs/SETTINGS.md", "docs/METRICS.md"):
+            rows = re.findall(r"^\| `([\w./]+)` \|", text(name), re.M)
+            assert not set(rows) & set(names), name
 
 
 def test_every_shape_of_record_is_shown_and_read(readme):
@@ -56,12 +75,13 @@ def test_every_shape_of_record_is_shown_and_read(readme):
 
 
 def test_both_languages_show_the_same_commands():
-    english, chinese = (commands((ROOT / name).read_text(encoding="utf-8")) for name in READMES)
-    plain = [re.sub(r"#.*", "", command) for command in english]
-    assert plain == [re.sub(r"#.*", "", command) for command in chinese]
+    for pair in (READMES, RECIPES):
+        english, chinese = (commands(text(name)) for name in pair)
+        plain = [re.sub(r"#.*", "", command) for command in english]
+        assert plain and plain == [re.sub(r"#.*", "", command) for command in chinese]
 
 
-@pytest.mark.parametrize("command", commands((ROOT / "README.md").read_text(encoding="utf-8")))
+@pytest.mark.parametrize("command", [*commands(text("README.md")), *commands(text("docs/RECIPES.md"))])
 def test_a_command_composes_and_its_settings_agree(command):
     words = [word for word in shlex.split(command, comments=True) if word not in ("-m", "--cfg", "job")]
     overrides = [word.split(",")[0] if " -m " in command else word for word in words]
@@ -83,7 +103,7 @@ def test_every_choice_of_the_command_line_is_named(readme):
     assert not [file for file in choices if not re.search(rf"(?<!\w){file.parent.name}=[^ ]*\b{file.stem}\b", contract)]
 
 
-def test_links_lead_somewhere(readme):
-    targets = re.findall(r"\]\(([^)#]+)\)", readme)
-    assert targets
-    assert not [target for target in targets if not (ROOT / target).exists()]
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text(name)) if "://" not in target]
+    assert not [target for target in targets if not (ROOT / name).parent.joinpath(target).exists()]
