@@ -158,15 +158,23 @@ class Engine:
             # `_update_plain` clips, as it has the norm anyway
             self._engine._config.gradient_clipping = 0.0
         self._forwards = Stopwatch(world.device)
-        self.grad_norm = math.nan
+        self._norm: torch.Tensor | float = math.nan
+        self._norm_scale = 1.0
 
     @property
     def module(self) -> nn.Module:
         """The module that is trained."""
         return self._engine.module
 
+    @property
+    def grad_norm(self) -> float:
+        """The last step's 2-norm of the gradient before clipping; waits for the device."""
+        return float(self._norm) / self._norm_scale
+
     def forward_seconds(self) -> float:
         """Seconds of this rank's forward passes since the last call: its own work, before it waits for other ranks.
+
+        Waits for the device.
 
         Under ZeRO-3 a forward pass gathers weights, so that waiting is part of it.
         """
@@ -209,25 +217,27 @@ class Engine:
     def _update(self) -> bool:
         """Take the optimizer step; note the gradient's norm, and whether the step was skipped."""
         if self._plain:
-            applied = self._update_plain()
-        else:
-            scale = self._unapplied_scale()
-            with _ExactNorms():
-                self._engine.step()
-            self.grad_norm = float(self._engine.get_global_grad_norm()) / scale
-            applied = self._engine.was_step_applied()
-        return applied
+            return self._update_plain()
+        self._norm_scale = self._unapplied_scale()
+        with _ExactNorms():
+            self._engine.step()
+        self._norm = self._engine.get_global_grad_norm()
+        return self._engine.was_step_applied()
 
     def _unapplied_scale(self) -> float:
         """fp16 without ZeRO: DeepSpeed 0.19.8 divides the gradient by a loss scale that it never multiplied in."""
         return self.loss_scale if self._half_stage_0 else 1.0
 
     def _update_plain(self) -> bool:
-        """fp32 without ZeRO: DeepSpeed neither tells the norm nor skips a step whose gradient is not finite."""
+        """fp32 without ZeRO: DeepSpeed neither tells the norm nor skips a step whose gradient is not finite.
+
+        It takes the place of DeepSpeed's overflow check, and like that it waits for the norm: whether the step counts
+        decides the next one's rate.
+        """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = total_norm([p.grad for p in parameters])
-        self.grad_norm = float(norm)
-        finite = math.isfinite(self.grad_norm)
+        self._norm = float(norm)
+        finite = math.isfinite(self._norm)
         if not finite:
             # a step with rate and decay 0 would still spoil the moments: let it find no gradient at all
             self._engine.zero_grad()

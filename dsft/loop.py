@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dsft.errors import UserError
 from dsft.evaluate import Evaluator
 from dsft.metrics import Ledger, Metric, comparable
 from dsft.optim import Schedule
-from dsft.runtime.signals import StopRequest
+from dsft.runtime.signals import StopRequest, StopTogether
 from dsft.runtime.world import World, peak_memory
 from dsft.types import Batch
 
@@ -100,7 +101,7 @@ class Loop:
         self.schedule = schedule
         self.tracker = tracker
         self.world = world
-        self.stop = stop
+        self.stopping = StopTogether(stop, world)
         self.train = train
         self.total_steps = total_steps
         self.peak_lr = peak_lr
@@ -125,41 +126,48 @@ class Loop:
             self.counters.finished = None  # the run was made longer
         if self.counters.finished:
             self.tracker.note(f"this run is finished ({self.counters.finished}); nothing is left to train")
-        steps = iter(self.loader)
+        left = 0 if self.counters.finished else self.total_steps - self.counters.step
+        with closing(self.loader.ahead(left, self.world.device)) as steps:
+            signal = self._steps(steps)
+        if not signal:
+            self.sample()
+        return signal
+
+    def _steps(self, steps: Iterator[Step]) -> str | None:
+        """Train until the run is finished; or until all ranks stop, and then return the signal's name."""
         while self.counters.step < self.total_steps and not self.counters.finished:
-            signal = self.one_step(steps)
+            self.one_step(steps)
+            signal = self.stopping.after(self.counters.step)
             last = self.counters.step == self.total_steps
             improved = False
-            if last or self._due(self.train.eval_every):
+            if last or (self.evaluator and self._due(self.train.eval_every)):
                 improved = self.evaluate()
-                signal = signal or self._stop_signal(self.world.gather([self._stopping()]))
+                signal = signal or self.stopping.now()
             if last:
                 self.counters.finished = "steps"
             if improved or signal or self.counters.finished or self._due(self.train.save_every):
                 self.save()
             if signal:
                 return signal
-        self.sample()
         return None
 
-    def one_step(self, steps: Iterator[Step]) -> str | None:
-        """Take one optimizer step, and log it where one is due. Returns a stop signal that any rank has received."""
+    def one_step(self, steps: Iterator[Step]) -> None:
+        """Take one optimizer step, and log it where one is due; only then anything waits for the device."""
         begun = time.perf_counter()
         step = next(steps)
         loading = time.perf_counter() - begun
         multiplier = self.schedule.multiplier
         tally, applied = self.engine.train_step(step.batches, step.weight, multiplier)
         self.schedule.step(applied, self.loader.epochs)
-        own_seconds = loading + self.engine.forward_seconds()
-        self._ledger.add(tally, time.perf_counter() - begun, own_seconds, step.tokens)
         self._count(step, applied)
         log = self._due(self.train.log_every) or self.counters.step == self.total_steps
-        ranks = self.world.gather([self._stopping()])
+        # these wait for the device, so that the clock covers what it still had to do
+        now = self._now(multiplier) if log else {}
+        self._ledger.add(tally, time.perf_counter() - begun, loading, step.tokens)
         if log:
-            row = self._ledger.row(self.world.gather, self._now(multiplier))
+            row = self._ledger.row(self.world.gather, now)
             self.tracker.write({"step": self.counters.step, **row})
         self._refuse_endless_skipping()
-        return self._stop_signal(ranks)
 
     def evaluate(self) -> bool:
         """Evaluate, remember the best, and ask for a stop when patience is over. True if this is the new best."""
@@ -191,6 +199,7 @@ class Loop:
 
     def save(self) -> None:
         """Publish a checkpoint of this step, and thin out the old ones."""
+        self._ledger.own_seconds += self.engine.forward_seconds()
         state = {
             **asdict(self.counters),
             "loader": self.loader.state_dict(),
@@ -221,14 +230,6 @@ class Loop:
         self._ledger.load_state_dict(state["intervals"][self.world.rank], self.world.device)
         return state
 
-    def _stopping(self) -> float:
-        """1 if this rank was asked to stop."""
-        return float(self.stop.received is not None)
-
-    def _stop_signal(self, ranks: list[list[float]]) -> str | None:
-        """The stop signal that some rank has received; each rank's row begins with `_stopping`."""
-        return (self.stop.received or "a signal to another rank") if any(row[0] for row in ranks) else None
-
     def _due(self, every: int) -> bool:
         return every > 0 and self.counters.step % every == 0
 
@@ -242,6 +243,7 @@ class Loop:
 
     def _now(self, multiplier: float) -> dict[str, float]:
         """Quantities of the run as it stands, as `metrics.declared` names them."""
+        self._ledger.own_seconds += self.engine.forward_seconds()
         scale = self.engine.loss_scale
         return {
             "grad_norm": self.engine.grad_norm,

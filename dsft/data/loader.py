@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
+from dsft.data.ahead import Shipping, ahead
 from dsft.data.pack import Planner
 from dsft.errors import UserError
 from dsft.types import Batch, Example
@@ -74,12 +78,30 @@ class Loader:
 
     def __iter__(self) -> Iterator[Step]:
         """Steps without end, epoch after epoch. The cursor stands behind the step that was handed out last."""
-        while True:
-            if self.step_in_epoch == self._planner.steps(self.epoch):
-                self.epoch, self.step_in_epoch = self.epoch + 1, 0
-            step = self._load(self.epoch, self.step_in_epoch)
-            self.step_in_epoch += 1
+        for (epoch, number), step in self._steps():
+            self.epoch, self.step_in_epoch = epoch, number + 1
             yield step
+
+    def ahead(self, count: int, device: torch.device) -> Iterator[Step]:
+        """The next `count` steps with their batches on `device`; each is made while the one before it is in use.
+
+        The cursor is that of the step that was handed out last. Close it (`contextlib.closing`) to leave early.
+        """
+        shipping = Shipping(device)
+        sent = ((place, step, shipping.send(step.batches)) for place, step in islice(self._steps(), count))
+        with closing(ahead(sent)) as steps:
+            for (epoch, number), step, batches in steps:
+                self.epoch, self.step_in_epoch = epoch, number + 1
+                yield replace(step, batches=shipping.receive(batches))
+
+    def _steps(self) -> Iterator[tuple[tuple[int, int], Step]]:
+        """Steps from the cursor on, each with its epoch and its number in it; the cursor stays."""
+        epoch, number = self.epoch, self.step_in_epoch
+        while True:
+            if number == self._planner.steps(epoch):
+                epoch, number = epoch + 1, 0
+            yield (epoch, number), self._load(epoch, number)
+            number += 1
 
     @property
     def epochs(self) -> int:

@@ -35,7 +35,8 @@ class Ledger:
         Args:
             tally: This rank's sums.
             seconds: How long the step took.
-            own_seconds: What of it was this rank's own work and not waiting for others, as far as the host knows.
+            own_seconds: What of it was this rank's own work and not waiting for others. What the device has to be
+                asked for is added to the attribute before a row is made.
             tokens: Of all ranks.
         """
         self.tally.add(tally)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, masking_utils
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -270,5 +271,17 @@ def _mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
+def _without_asking(prepare: Callable[..., tuple]) -> Callable[..., tuple]:
+    """transformers asks the device in every forward pass whether positions begin anew, to mask documents: not ours."""
+
+    def prepared(config, inputs_embeds, attention_mask, past_key_values, position_ids, *rest, **more):
+        if config._attn_implementation == NAME:
+            position_ids = None  # `_mask` does not look at what is found
+        return prepare(config, inputs_embeds, attention_mask, past_key_values, position_ids, *rest, **more)
+
+    return prepared
+
+
+masking_utils._preprocess_mask_arguments = _without_asking(masking_utils._preprocess_mask_arguments)
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, _mask)

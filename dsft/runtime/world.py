@@ -60,6 +60,11 @@ class World:
     def is_main(self) -> bool:
         return self.place.rank == 0
 
+    @property
+    def store(self) -> dist.Store:
+        """Where ranks met: texts by key, that any of them can write and read."""
+        return dist.distributed_c10d._get_default_store()
+
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's row of numbers, in the order of ranks; float64, so that counts stay exact."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -100,7 +105,7 @@ class World:
         Raises:
             TimeoutError: Some rank said nothing in time.
         """
-        store, meeting = dist.distributed_c10d._get_default_store(), next(_MEETINGS)
+        store, meeting = self.store, next(_MEETINGS)
         keys = [f"dsft/{meeting}/{rank}" for rank in range(self.size)]
         store.set(keys[self.rank], message.encode())
         try:

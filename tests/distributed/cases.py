@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import yaml
 from tiny import collate
 
 from dsft.config.schema import Fp16Config, Method, OptimConfig, OptimName, Packing, TrainConfig, TuningConfig
-from dsft.data.loader import Loader
+from dsft.data.loader import Loader, Step
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
@@ -475,3 +476,138 @@ def leaking_run(world, *, settings: dict) -> str:
     finally:
         attention._per_document = kept
     return str(outcome)
+
+
+def waits(
+    world, *, model_dir: str, exempt: set[str], planted: bool = False, micro_batch_size: int = 2, **options
+) -> tuple[list[str], set[str]]:
+    """What waits for the device in the loop's steps 2 to 5 of 6, of which the last makes the first row.
+
+    Returns:
+        What was found, and which exempt functions were met.
+    """
+    from watch import Watch
+
+    from dsft.config.schema import ScheduleConfig
+    from dsft.loop import Loop
+    from dsft.optim import Schedule
+    from dsft.tracking import NullTracker
+
+    watch, data, written = Watch(exempt), Examples(tiny.examples(40)), []
+    with engine(world, model_dir, micro_batch_size=micro_batch_size, accumulation=2, **options) as made:
+        source = loader(world, data, "bfd", micro_batch_size, 2)
+        steps_ahead = source.ahead
+
+        def ahead(count, device):
+            for number, step in enumerate(steps_ahead(count, device), 1):
+                if number == 2:
+                    watch.__enter__()
+                yield step
+                if number == 5:
+                    watch.__exit__(None, None, None)
+
+        source.ahead = ahead
+        tracker = NullTracker()
+        tracker.write = written.append
+        if planted:
+            made.module.register_forward_hook(lambda module, inputs, output: output[0].item() and None)
+        the_loop = Loop(
+            engine=made,
+            loader=source,
+            evaluator=None,
+            metrics=tiny.METRICS,
+            schedule=Schedule(ScheduleConfig(), 6),
+            tracker=tracker,
+            world=world,
+            stop=SimpleNamespace(received=None),
+            train=TrainConfig(log_every=6, eval_every=1, save_every=0),
+            total_steps=6,
+            peak_lr=1e-3,
+            run_dir=Path(),
+            save_frozen=True,
+            extra_state=dict,
+        )
+        the_loop.save = lambda: None
+        assert the_loop.run() is None
+    assert [row["step"] for row in written] == [6]
+    return watch.found, watch.met
+
+
+class Exchanging:
+    """An engine whose steps are nothing but the sum over ranks that no rank gets past alone."""
+
+    grad_norm, loss_scale = 1.0, None
+
+    def __init__(self, world, at):
+        self._world, self._at, self._steps = world, at, 0
+
+    def forward_seconds(self):
+        return 0.0
+
+    def train_step(self, batches, weight, multiplier):
+        self._steps += 1
+        self._at(self._steps, "before")
+        self._world.gather([0.0])
+        self._at(self._steps, "after")
+        return Tally({name: torch.ones((), dtype=torch.float64) for name in ("loss", "weight")}), True
+
+
+def stops(world, *, asked: list[tuple[int, int, str, str]], total: int = 9, eval_every: int = 0) -> tuple:
+    """How a loop ends in which ranks are asked to stop.
+
+    Args:
+        asked: Rank, step, moment (`before` or `after` the sum over ranks, or in the `evaluation`), signal; before 0 is
+            before the first step.
+
+    Returns:
+        The signal's name, the step it ended at, and the one that was saved last.
+    """
+    import time
+
+    from dsft.config.schema import ScheduleConfig
+    from dsft.loop import Loop
+    from dsft.optim import Schedule
+    from dsft.tracking import NullTracker
+
+    request, random = SimpleNamespace(received=None), np.random.default_rng(world.rank)
+
+    def at(step: int, moment: str) -> None:
+        time.sleep(float(random.uniform(0, 0.01)))
+        for rank, when, where, name in asked:
+            if (rank, when, where) == (world.rank, step, moment):
+                request.received = name
+
+    class Evaluating:
+        def metrics(self, *_):
+            at(the_loop.counters.step, "evaluation")
+            return {"eval/loss": 1.0}
+
+    class Steps:
+        epochs = 0
+
+        def ahead(self, count, device):
+            return (Step([], 1, 1.0, 0) for _ in range(count))
+
+        def progress(self):
+            return 0.0
+
+    the_loop = Loop(
+        engine=Exchanging(world, at),
+        loader=Steps(),
+        evaluator=Evaluating(),
+        metrics=tiny.METRICS,
+        schedule=Schedule(ScheduleConfig(), total),
+        tracker=NullTracker(),
+        world=world,
+        stop=request,
+        train=TrainConfig(log_every=4, eval_every=eval_every, save_every=0, samples=0),
+        total_steps=total,
+        peak_lr=1.0,
+        run_dir=Path(),
+        save_frozen=True,
+        extra_state=dict,
+    )
+    saved = []
+    the_loop.save = lambda: saved.append(the_loop.counters.step)
+    at(0, "before")
+    return the_loop.run(), the_loop.counters.step, saved[-1]

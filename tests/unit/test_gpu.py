@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 from tiny import collate
 
 from dsft.config.schema import ActivationCheckpointing, Attention
+from dsft.data.ahead import Shipping
+from dsft.engine import total_norm
 from dsft.errors import UserError
+from dsft.metrics import Tally
 from dsft.model import attention, noise
 from dsft.model.load import activation_checkpointing
 
@@ -118,6 +122,56 @@ def test_recomputed_activations_draw_the_same(mode):
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         assert (gradients[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+
+
+@pytest.fixture
+def nobody_waits():
+    """Inside the test's own `with`, whatever makes the host wait for the device is an error."""
+
+    @contextmanager
+    def watched():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("chunk", "dropout"), [(7, 0.0), (10_000, 0.1)])
+def test_our_part_of_a_step_makes_nobody_wait(nobody_waits, chunk, dropout, padded):
+    """From batches on the host to the sums and the gradient's norm, which stay on the device."""
+    implementation = "sdpa" if padded else attention.NAME
+    model = tiny.causal("llama", implementation, attention_dropout=0.0 if padded else dropout).to(CUDA)
+    task = tiny.task(model, chunk, alpha=5.0, padded=padded).train()
+    batches = [collate(tiny.examples(6, seed, vocabulary=100), (0, seed), padded=padded) for seed in range(3)]
+    task(batches[0].to(CUDA))  # the first pass checks the model, which may take its time
+    shipping, tally = Shipping(CUDA), Tally()
+    torch.cuda.synchronize()
+    with nobody_waits():
+        for batch in shipping.receive(shipping.send(batches)):
+            loss, part = task(batch)
+            (loss * 0.5).float().backward()
+            tally.add(part)
+        norm = total_norm([p.grad for p in task.parameters()])
+    assert torch.isfinite(norm) and tally.read()["weight"] == sum(batch.weight for batch in batches)
+
+
+def test_batches_that_are_shipped_are_those_of_the_host():
+    """Copies on a stream of their own, whose memory is used again while the computing stream is busy."""
+    shipping, busy = Shipping(CUDA), torch.randn(4096, 4096, device=CUDA)
+    for seed in range(20):
+        batches = [collate(tiny.examples(8, seed)), collate(tiny.examples(5, seed + 100))]
+        busy = busy @ busy.softmax(-1)
+        found = shipping.receive(shipping.send(batches))
+        copies = [{name: tensor.clone() for name, tensor in batch.tensors.items()} for batch in found]
+        del found
+        for batch, copy in zip(batches, copies, strict=True):
+            assert copy.keys() == batch.tensors.keys()
+            assert all(torch.equal(copy[name].cpu(), tensor) for name, tensor in batch.tensors.items())
+            assert all(tensor.device.type == "cuda" for tensor in copy.values())
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
