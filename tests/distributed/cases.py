@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
-import toy
 import yaml
 from tiny import collate
 
@@ -30,7 +29,6 @@ from dsft.model.vocabulary import Vocabulary
 from dsft.tasks import TASKS
 from dsft.tasks.collate import Collator
 
-TASKS["toy"] = toy.TASK
 NOISE_SEED = 11
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
