@@ -22,7 +22,7 @@ from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.evaluate import Evaluator
-from dsft.metrics import Tally
+from dsft.metrics import Tally, declare
 from dsft.model import attention, layout, rows, tuning
 from dsft.model.load import ModelSource, activation_checkpointing, load_config, load_model
 from dsft.model.vocabulary import Vocabulary
@@ -477,7 +477,14 @@ def leaking_run(world, *, settings: dict) -> str:
 
 
 def waits(
-    world, *, model_dir: str, exempt: set[str], planted: bool = False, micro_batch_size: int = 2, **options
+    world,
+    *,
+    model_dir: str,
+    exempt: set[str],
+    task: str = "causal_lm",
+    packing: str = "bfd",
+    planted: bool = False,
+    **options,
 ) -> tuple[list[str], set[str]]:
     """What waits for the device in the loop's steps 2 to 5 of 6, of which the last makes the first row.
 
@@ -491,9 +498,10 @@ def waits(
     from dsft.optim import Schedule
     from dsft.tracking import NullTracker
 
-    watch, data, written = Watch(exempt), Examples(tiny.examples(40)), []
-    with engine(world, model_dir, micro_batch_size=micro_batch_size, accumulation=2, **options) as made:
-        source = loader(world, data, "bfd", micro_batch_size, 2)
+    watch, data, written = Watch(exempt), examples_of(task, 40), []
+    options |= {"task": task, "padded": packing == "padded", "accumulation": 2}
+    with engine(world, model_dir, **options) as made:
+        source = loader(world, data, packing, 2, 2, task)
         steps_ahead = source.ahead
 
         def ahead(count, device):
@@ -513,7 +521,7 @@ def waits(
             engine=made,
             loader=source,
             evaluator=None,
-            metrics=tiny.METRICS,
+            metrics=declare(TASKS[task].metrics, TASKS[task].target),
             schedule=Schedule(ScheduleConfig(), 6),
             tracker=tracker,
             world=world,

@@ -62,3 +62,35 @@ def test_one_number_that_is_read_is_found_by_its_place(pools, model_dir):
     for found, _ in pools(2).run(cases.waits, model_dir=model_dir, stage="zero2", exempt=exempt, planted=True):
         assert len(found) == 8  # four steps of two micro-batches
         assert all("_local_scalar_dense at tests/distributed/cases.py:" in place for place in found)
+
+
+# made when a document is longer than any before, up to the next power of two: a few times in a run
+GROWN = "dsft/model/noise.py:feature_keys"
+# transformers' own attention asks in each forward pass whether anything is padded
+PADDED, PADDED_CAUSAL = (
+    f"transformers/masking_utils.py:_ignore_{kind}_mask_sdpa" for kind in ("bidirectional", "causal")
+)
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+LORA = {"neftune_alpha": 5.0, "method": "lora", "lora": {"dropout": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "packing", "changes", "options", "exempt"),
+    [
+        ("masked_lm", "bert", "bfd", DROPOUT, {}, {GROWN}),
+        ("masked_lm", "bert", "padded", DROPOUT, {}, {GROWN, PADDED}),
+        ("masked_lm", "modernbert", "bfd", {"local_attention": 16, "global_attn_every_n_layers": 2}, {}, set()),
+        ("causal_lm", "llama", "padded", {}, {"neftune_alpha": 5.0}, {PADDED_CAUSAL}),
+        ("causal_lm", "llama", "bfd", {}, LORA, set()),
+    ],
+)
+def test_nor_in_other_tasks_and_layouts_and_with_noise(
+    pools, tmp_path, task, family, packing, changes, options, exempt
+):
+    make = tiny.masked if task == "masked_lm" else tiny.causal
+    make(family, "eager", **({"vocab_size": 400} | changes)).save_pretrained(tmp_path)
+    exempt = OWN["zero2", "fp32"] | exempt
+    for found, _ in pools(2).run(
+        cases.waits, model_dir=str(tmp_path), exempt=exempt, task=task, packing=packing, **options
+    ):
+        assert not found
