@@ -20,6 +20,7 @@ from dsft.metrics import Ledger, Metric, comparable
 from dsft.optim import Schedule
 from dsft.runtime.signals import StopRequest, StopTogether
 from dsft.runtime.world import World, peak_memory
+from dsft.tracking import NullTracker, Tracker
 from dsft.types import Batch
 
 
@@ -82,7 +83,7 @@ class Loop:
         evaluator: Evaluator | None,
         metrics: Mapping[str, Metric],
         schedule: Schedule,
-        tracker,
+        tracker: Tracker | NullTracker,
         world: World,
         stop: StopRequest,
         train: TrainConfig,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,14 +52,14 @@ class Shipping:
         return batches
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items, each made in a thread of its own while the one before it is in use.
 
     An exception is raised when its item's turn comes, with its traceback. The thread ends with the iteration: after
     the last item, or when the iterator is closed.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="dsft-ahead") as thread:
-        coming = thread.submit(next, items, _END)
+        coming: Future[Any] = thread.submit(next, items, _END)
         while (item := coming.result()) is not _END:
             coming = thread.submit(next, items, _END)
             yield item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -82,7 +82,7 @@ class Loader:
             self.epoch, self.step_in_epoch = epoch, number + 1
             yield step
 
-    def ahead(self, count: int, device: torch.device) -> Iterator[Step]:
+    def ahead(self, count: int, device: torch.device) -> Generator[Step, None, None]:
         """The next `count` steps with their batches on `device`; each is made while the one before it is in use.
 
         The cursor is that of the step that was handed out last. Close it (`contextlib.closing`) to leave early.

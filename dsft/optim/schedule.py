@@ -70,7 +70,7 @@ class Schedule:
         steps: Optimizer steps applied.
     """
 
-    def __init__(self, config: ScheduleConfig, total_steps: int, better: str = "lower") -> None:
+    def __init__(self, config: ScheduleConfig, total_steps: int, better: str | None = "lower") -> None:
         self._config, self._total, self._better = config, total_steps, better
         self._warmup_steps = warmup_steps(config, total_steps)
         # With a warm-up longer than the run the body never begins; one step keeps its formulas finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+from types import FrameType
 
 from dsft.runtime.world import World
 
@@ -18,12 +19,12 @@ REQUEUE_CODE = 85
 class StopRequest:
     """A flag that the stop signals raise. A second SIGINT ends the process at once, as people expect."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: str | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
-    def _receive(self, number: int, _frame) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
             signal.default_int_handler(number, _frame)
         self.received = signal.Signals(number).name

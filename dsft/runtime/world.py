@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsft.errors import UserError
 from dsft.runtime.failure import PeerFailed
-from dsft.runtime.failure import describe as describe_error
+from dsft.runtime.failure_hub import describe as describe_error
 from dsft.runtime.place import Place, port_taken
 
 TIMEOUT = timedelta(minutes=30)
@@ -61,7 +61,7 @@ class World:
         return self.place.rank == 0
 
     @property
-    def store(self) -> dist.Store:
+    def store(self) -> torch._C._distributed_c10d.Store:
         """Where ranks met: texts by key, that any of them can write and read."""
         return dist.distributed_c10d._get_default_store()
 
@@ -107,7 +107,7 @@ class World:
         """
         store, meeting = self.store, next(_MEETINGS)
         keys = [f"dsft/{meeting}/{rank}" for rank in range(self.size)]
-        store.set(keys[self.rank], message.encode())
+        store.set(keys[self.rank], message)
         try:
             store.wait(keys, TIMEOUT if seconds is None else timedelta(seconds=seconds))
         except RuntimeError as silence:
