@@ -94,20 +94,25 @@ def save(
                 shutil.rmtree(part, ignore_errors=True)
                 (part / TAG).mkdir(parents=True)
                 _write_record(part, record, answered)
-        with _together(world, final):
-            engine.save(str(part), TAG, frozen)
-            _save_random_state(part / f"rank-{world.rank}.pt")
-        with _together(world, final):
-            mine = _describe_share(part, world)
-        shares = world.gather_objects(mine)
-        with _together(world, final):
-            if world.is_main:
-                _publish(part, final, meta, {name: about for share in shares for name, about in share.items()})
+        _write(part, final, engine, world, meta)
     except UserError:
         if world.is_main:
             shutil.rmtree(part, ignore_errors=True)  # on a full disk every byte of it is in the way
         raise
     return final
+
+
+def _write(part: Path, final: Path, engine: Engine, world: World, meta: dict[str, Any]) -> None:
+    """Every rank writes its files into `part`, and rank 0 publishes the whole."""
+    with _together(world, final):
+        engine.save(str(part), TAG, meta["frozen"])
+        _save_random_state(part / f"rank-{world.rank}.pt")
+    with _together(world, final):
+        mine = _describe_share(part, world)
+    shares = world.gather_objects(mine)
+    with _together(world, final):
+        if world.is_main:
+            _publish(part, final, meta, {name: about for share in shares for name, about in share.items()})
 
 
 def load(path: Path, engine: Engine, world: World, identity: dict[str, str] | None = None) -> dict[str, Any]:

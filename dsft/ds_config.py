@@ -145,12 +145,7 @@ def build(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": float(max_grad_norm),
-        "fp16": {
-            "enabled": precision == "fp16",
-            "loss_scale": 0,
-            "initial_scale_power": fp16.initial_scale_power,
-            "loss_scale_window": fp16.loss_scale_window,
-        },
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, **vars(fp16)},
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": accumulation},
         "torch_autocast": {"enabled": False},

@@ -39,8 +39,7 @@ def export(
         The written directory, and how far its logits are from those that the checkpoint keeps.
 
     Raises:
-        UserError: No such run or checkpoint, a damaged one, another base model, a full disk, or a written model that
-            is not the one that was trained.
+        UserError: No such run or checkpoint, a damaged one, another base model, a full disk, or another model written.
     """
     run_dir = Path(run_dir).expanduser()
     output = Path(output).expanduser() if output else run_dir / "model"
@@ -50,11 +49,7 @@ def export(
     state = checkpoint.read_state(path)
     record, probe = checkpoint.read_record(path)
     config = load.parse_yaml(record.config, str(path / checkpoint.CONFIG))
-    if not merge and config.tuning.method is not Method.lora:
-        raise UserError(
-            f"merge=false writes adapters alone, but {path} was trained with tuning={config.tuning.method.value}, "
-            "which has none. Leave it out."
-        )
+    _check_merge(config, merge, path)
     writing.check_replaceable(output)
     dtype = assemble.DTYPES[Precision[state["identity"]["precision"]]]
     kind = TASKS[config.task.name].kind
@@ -73,6 +68,14 @@ def export(
         probe=probe,
     )
     return output, report
+
+
+def _check_merge(config: Config, merge: bool, path: Path) -> None:
+    if not merge and config.tuning.method is not Method.lora:
+        raise UserError(
+            f"merge=false writes adapters alone, but {path} was trained with tuning={config.tuning.method.value}, "
+            "which has none. Leave it out."
+        )
 
 
 def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str, kind: Kind) -> models.ModelSource:

@@ -130,15 +130,13 @@ def attention(
     Args:
         module: The attention layer.
         query: (1, heads, tokens, head_dim).
-        key: (1, key_value_heads, tokens, head_dim).
-        value: The same shape as `key`.
+        key: (1, key_value_heads, tokens, head_dim); `value` likewise.
         attention_mask: Used only without `documents` (generation).
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Dropout on the attention weights; models give 0 in evaluation.
         is_causal: Whether tokens see only what comes before; None asks the module.
         documents: Where the documents lie; None hands over to transformers' own SDPA.
-        sliding_window: How many tokens back a token sees, itself included, and as many ahead where attention is not
-            causal; None for all.
+        sliding_window: How many tokens back a token sees, itself included, and if not causal ahead; None for all.
         rest: What else a model may hand over; anything that could change the result is refused.
 
     Returns:
@@ -149,20 +147,8 @@ def attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if documents is None:
-        if module.training:
-            raise UserError(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
-        if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
-            # `_mask` cannot tell a prompt without padding from a flat row, and makes no mask for either
-            attention_mask = _visible(query.shape[2], key.shape[2], sliding_window, query.device, causal)
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        options = {
-            "scaling": scaling,
-            "dropout": dropout,
-            "is_causal": causal,
-            "sliding_window": sliding_window,
-            **rest,
-        }
-        return sdpa(module, query, key, value, attention_mask, **options)
+        options = {"scaling": scaling, "dropout": dropout, "is_causal": causal, "sliding_window": sliding_window}
+        return _by_transformers(module, query, key, value, attention_mask, **options, **rest)
     _refuse_what_is_missing(module, {"attention_mask": attention_mask, **rest}, max(documents.lengths))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents.kernel is not Attention.per_document:
@@ -170,6 +156,17 @@ def attention(
     if dropout:
         return _with_dropout(module, query, key, value, documents, scale, sliding_window, causal, dropout), None
     return _per_document(query, key, value, documents.lengths, scale, sliding_window, causal), None
+
+
+def _by_transformers(module, query, key, value, attention_mask, *, is_causal, sliding_window, **rest):
+    """Transformers' own SDPA, for generation."""
+    if module.training:
+        raise Inseparable(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
+    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        # `_mask` cannot tell a prompt without padding from a flat row, and makes no mask for either
+        attention_mask = _visible(query.shape[2], key.shape[2], sliding_window, query.device, is_causal)
+    sdpa, options = ALL_ATTENTION_FUNCTIONS["sdpa"], {"is_causal": is_causal, "sliding_window": sliding_window}
+    return sdpa(module, query, key, value, attention_mask, **options, **rest)
 
 
 def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) -> None:

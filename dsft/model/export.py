@@ -86,42 +86,54 @@ def write_model(
     probe: Probe | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> Report | None:
-    """Write the model so that the `Auto` class of its kind loads it, tokenizer included.
+    """Write the model so that the `Auto` class of its kind loads it, tokenizer included; every rank has to call this.
 
-    The parameters are gathered module by module: beside its own part a rank holds one module, and the writer one
-    shard in host memory. Every rank has to call this. The directory appears, or replaces an older one, only when it is
-    whole and has been compared with the probe.
+    Beside its own part a rank holds one module's parameters, the writer one shard in host memory. The directory appears,
+    or replaces an older one, only when it is whole and agrees with the probe.
 
     Args:
-        model: Plain, or with LoRA adapters.
-        companions: Files that stand beside it: `companion_files`.
+        model: Plain, or with LoRA adapters; `companions` are files to stand beside it (`companion_files`).
         directory: Where the model is to be.
         gather: Called with a list of parameters; `deepspeed.zero.GatheredParameters` under ZeRO-3, else a null context.
         is_writer: Whether this rank writes; exactly one does.
-        merge: Add the adapters to the weights (in fp32). Otherwise only the adapters are written, for
-            `PeftModel.from_pretrained`. A model without adapters is always written whole.
-        dtype: Type of the written weights.
-        kind: What kind of model it is.
+        merge: Add the adapters to the weights (in fp32), or write them alone.
+        dtype: Type of the written weights; `kind` is what kind of model it is.
         probe: What the trained model answered; None leaves the comparison out.
         max_shard_bytes: Largest safetensors file, unless one tensor alone is larger.
 
     Returns:
-        How well the written model agrees with the probe; None on the ranks that do not write, and without a probe.
+        How well the written model agrees with the probe; None on other ranks than the writer, and without a probe.
 
     Raises:
-        UserError: The disk is full or not writable, or the written model is another than the one that was trained; an
-            older directory is still whole. Raised by the writer alone, after all gathers, so that no other rank is
-            left waiting.
+        UserError: It cannot be written, or is another than was trained; on the writer alone, after all gathers.
     """
     directory = Path(directory).absolute()
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
     adapters = isinstance(model, PeftModel) and not merge
-    stem, limit = ("adapter_model", sys.maxsize) if adapters else ("model", max_shard_bytes)
-    shards = Shards(unfinished, stem, limit)
+    stem = "adapter_model" if adapters else "model"
+    shards = Shards(_unfinished(directory), stem, sys.maxsize if adapters else max_shard_bytes)
     for tensors in stream(model, adapters, gather, is_writer, dtype):
         shards.add(tensors)
     if not is_writer:
         return None
+    return _finish(shards, model, companions, directory, adapters, dtype, kind, probe)
+
+
+def _unfinished(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.unfinished")
+
+
+def _finish(
+    shards: Shards,
+    model: PreTrainedModel | PeftModel,
+    companions: dict[str, bytes],
+    directory: Path,
+    adapters: bool,
+    dtype: torch.dtype,
+    kind: Kind,
+    probe: Probe | None,
+) -> Report | None:
+    """Write the last of it, compare it with the probe, and let it take its name."""
+    unfinished = _unfinished(directory)
     try:
         with disk_errors(directory):
             shards.close()

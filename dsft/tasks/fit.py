@@ -36,7 +36,7 @@ def fit(
         frame: Tokens that `make` puts around a part.
 
     Returns:
-        The examples in order, with a Dropped for each part of a split record without weight, so that it is counted.
+        The examples in order, with a Dropped for each part without weight of a split record.
 
     Raises:
         UserError: It is longer, and `on_overflow` is `error`; or `frame` takes all the room.
@@ -54,12 +54,13 @@ def fit(
     if on_overflow is OnOverflow.drop:
         return Dropped(TOO_LONG)
 
-    def part(begin: int) -> Example:
-        # a copy: what a task changes in one part is not to change the others
-        cut = slice(begin, begin + room)
-        return make({name: (c[cut] if len(c) == tokens else c).copy() for name, c in columns.items()})
-
     if on_overflow is OnOverflow.truncate:
-        return [replace(part(0), truncated=True)]
-    parts = map(part, range(0, tokens, room))
+        return [replace(make(_part(columns, 0, room)), truncated=True)]
+    parts = (make(_part(columns, begin, room)) for begin in range(0, tokens, room))
     return [made if made.weight else Dropped(EMPTY) for made in parts]
+
+
+def _part(columns: Columns, begin: int, tokens: int) -> Columns:
+    """A copy of some tokens: what a task changes in one part is not to change the others."""
+    cut, whole = slice(begin, begin + tokens), len(columns["ids"])
+    return {name: (column[cut] if len(column) == whole else column).copy() for name, column in columns.items()}

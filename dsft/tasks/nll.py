@@ -32,6 +32,49 @@ class Nll(NamedTuple):
     each: torch.Tensor
 
 
+class _Gradients:
+    """Gradients of a linear head's inputs, added up from those of its logits, chunk by chunk.
+
+    Args:
+        wants_hidden: Whether `hidden` needs one; likewise the next three.
+        hidden: What the head is given, (targets, hidden size).
+        weight: (vocabulary, hidden size).
+        bias: (vocabulary,), or None.
+        own: Rows that take the place of `at` in `weight`, or None.
+        at: A slice.
+    """
+
+    def __init__(self, wants_hidden, wants_weight, wants_bias, wants_own, hidden, weight, bias, own, at):
+        self._hidden, self._weight, self._own, self._at = hidden, weight, own, at
+        self._of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # fp32, since a bf16 sum over many chunks would lose what the small ones add
+        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        self._of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        self._of_own = torch.zeros_like(own, dtype=torch.float32) if wants_own else None
+
+    @property
+    def made(self) -> tuple[torch.Tensor | None, ...]:
+        """Of `hidden`, `weight`, `bias` and `own`; None for those that need none."""
+        return self._of_hidden, self._of_weight, self._of_bias, self._of_own
+
+    def add(self, rows: slice, grad: torch.Tensor) -> None:
+        """Add what comes from the logits of these rows, float32, shape (rows, vocabulary)."""
+        own, at = self._own, self._at
+        if self._of_bias is not None:
+            self._of_bias += grad.sum(0)
+        grad = grad.to(self._hidden.dtype)
+        if own is not None:
+            of_own, grad[:, at] = grad[:, at].clone(), 0
+        if self._of_hidden is not None:
+            torch.mm(grad, self._weight, out=self._of_hidden[rows])
+            if own is not None:
+                self._of_hidden[rows] += of_own @ own
+        if self._of_own is not None:
+            self._of_own += of_own.T @ self._hidden[rows]
+        if self._of_weight is not None:
+            self._of_weight += grad.T @ self._hidden[rows]
+
+
 class _ChunkedNll(torch.autograd.Function):
     """Summed negative log-likelihood of a linear head; the gradient is formed in the forward pass, chunk by chunk.
 
@@ -46,13 +89,10 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, own, at, targets, shares, chunk, training):
         # what needs a gradient is told even where none will be asked for
         wants_hidden, wants_weight, wants_bias, wants_own = (needed and training for needed in ctx.needs_input_grad[:4])
+        wanted = wants_hidden, wants_weight, wants_bias, wants_own
+        gradients = _Gradients(*wanted, hidden, weight, bias, own, at) if any(wanted) else None
         nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # fp32, since a bf16 sum over many chunks would lose what the small ones add
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        grad_own = torch.zeros_like(own, dtype=torch.float32) if wants_own else None
         each = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], chunk):
             rows = slice(begin, begin + chunk)
@@ -69,26 +109,11 @@ class _ChunkedNll(torch.autograd.Function):
             share = None if shares is None else shares[rows, None]
             nll += (losses if share is None else losses * share).sum(dtype=torch.float64)
             correct += (hits if share is None else hits * share).sum()
-            if not (wants_hidden or wants_weight or wants_bias or wants_own):
-                continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            if share is not None:
-                grad.mul_(share)
-            if wants_bias:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if own is not None:
-                of_own, grad[:, at] = grad[:, at].clone(), 0
-            if wants_hidden:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-                if own is not None:
-                    grad_hidden[rows] += of_own @ own
-            if wants_own:
-                grad_own += of_own.T @ hidden[rows]
-            if wants_weight:
-                grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_own)
+            if gradients is not None:
+                grad = logits.sub_(log_sum).exp_()
+                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+                gradients.add(rows, grad if share is None else grad.mul_(share))
+        ctx.save_for_backward(*(gradients.made if gradients is not None else (None,) * 4))
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias, own))
         ctx.mark_non_differentiable(correct, each)
         return nll, correct, each

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LONGEST = 45
+"""Lines of a function, docstring included."""
+
 OWNERS = {
     "deepspeed": {"dsft/engine.py", "dsft/runtime", "dsft/checkpoint.py"},
     "hydra": {"launch", "dsft/config"},
@@ -65,3 +68,12 @@ def test_every_test_file_has_a_name_of_its_own():
     """pytest imports them by it: two of one name break the whole suite, though each runs alone."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
     assert len(set(names)) == len(names)
+
+
+def test_no_function_is_longer_than_a_reading():
+    long = []
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST:
+                long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not long
