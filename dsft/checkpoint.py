@@ -292,7 +292,7 @@ def damage(path: Path) -> str | None:
 
 
 def newest_whole(run_dir: Path, note) -> Path | None:
-    """The newest checkpoint that is whole; `note(message)` is told of each that is passed over."""
+    """The newest checkpoint that is whole; `note(message)` is called for each that is skipped."""
     for path in reversed(checkpoints(run_dir)):
         if (problem := damage(path)) is None:
             return path
@@ -343,7 +343,7 @@ def choose(run_dir: Path, resume: str) -> Path | None:
 def retain(run_dir: Path, step: int, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints but the best and the last `keep_last` up to `step`.
 
-    Later ones are of a course that was given up: they were damaged, or the run went on from an earlier one.
+    Later ones are no part of the run any more: they were damaged, or it went on from an earlier one.
     """
     found = checkpoints(run_dir)
     past = [path for path in found if _step(path) <= step]

@@ -53,7 +53,7 @@ def run(config: Config, place: Place) -> int:
         Exit code: 0 when the run is finished, REQUEUE_CODE when it was asked to stop and can go on.
 
     Raises:
-        UserError: Something that a person can mend. Before the run is accepted, nothing in its directory has changed.
+        UserError: Something that the user can fix. Before the run is accepted, nothing in its directory has changed.
     """
     exit_when_terminated()
     with hold(Path(config.run_dir).expanduser()) if place.rank == 0 else nullcontext():

@@ -124,11 +124,11 @@ class Loader:
         Raises:
             UserError: The cursor stands within an epoch that was planned by other settings.
         """
-        for knob, value in self._planner.settings.items():
-            if state["step_in_epoch"] and state["plan"][knob] != value:
+        for name, value in self._planner.settings.items():
+            if state["step_in_epoch"] and state["plan"][name] != value:
                 raise UserError(
-                    f"the checkpoint stands within an epoch planned with {knob}={state['plan'][knob]}, and this run "
-                    f"has {value}, so its place in the data means nothing; set {knob}={state['plan'][knob]}"
+                    f"the checkpoint stands within an epoch planned with {name}={state['plan'][name]}, and this run "
+                    f"has {value}, so its place in the data means nothing; set {name}={state['plan'][name]}"
                 )
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
 

@@ -1,6 +1,6 @@
 """Attention that keeps the documents of a flat row apart, with no padding and no mask tensor.
 
-Documents lie end to end in a row of shape (1, heads, tokens, head_dim). The kernel is told where each begins:
+Documents lie end to end in a row of shape (1, heads, tokens, head_dim). The kernel gets where each begins:
 variable-length kernels on CUDA (flash-attn, or torch's own), a loop over documents elsewhere. Transformers models
 use it under the attention name NAME, so no model is touched.
 """

@@ -88,8 +88,8 @@ def write_model(
 ) -> Report | None:
     """Write the model so that the `Auto` class of its kind loads it, tokenizer included; every rank has to call this.
 
-    Beside its own part a rank holds one module's parameters, the writer one shard in host memory. The directory appears,
-    or replaces an older one, only when it is whole and agrees with the probe.
+    Beside its own part a rank holds one module's parameters, the writer one shard in host memory. The directory
+    appears, or replaces an older one, only when it is whole and agrees with the probe.
 
     Args:
         model: Plain, or with LoRA adapters; `companions` are files to stand beside it (`companion_files`).

@@ -1,4 +1,4 @@
-"""A kind of models: what a task trains, and how such a model is told from others."""
+"""A kind of models: what a task trains, and how such a model is distinguished from others."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def train(model: nn.Module, vocabulary: Vocabulary) -> None:
         vocabulary: The new tokens; without any, nothing changes.
 
     Raises:
-        UserError: The head is a layer whose rows cannot be told apart.
+        UserError: The head is a layer whose rows cannot be distinguished.
     """
     if not vocabulary.pieces:
         return

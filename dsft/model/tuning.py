@@ -79,7 +79,7 @@ def check_adapters(model: nn.Module, then: dict[str, list[float]]) -> None:
 
     Args:
         model: As `apply` made it now.
-        then: What `adapters` told of the model that was trained.
+        then: What `adapters` gave for the model that was trained.
 
     Raises:
         UserError: One differs; it is named.

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes: files are often not what their names say."""
+"""What a file is, by its first bytes: files are often not what their names say."""
 
 from __future__ import annotations
 

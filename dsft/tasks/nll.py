@@ -178,7 +178,7 @@ class Asked:
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output head if logits are just its linear map of what it is given, as far as can be told, else None.
+    """The output head if logits are just its linear map of what it is given, as far as is known, else None.
 
     The head's forward learns to return the loss. It stays one call of the head's own module, because ZeRO-3 gathers
     a layer's weights around exactly that call.

@@ -205,13 +205,13 @@ def _where_they_part(conversation: Conversation, part: str, piece: str, text: st
     at = next(parting, min(len(piece), len(text)))
     around = slice(max(0, at - CONTEXT), at + CONTEXT)
     last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-    mend = "data.train_on=last_assistant, or " if turn != last else ""
+    remedy = "data.train_on=last_assistant, or " if turn != last else ""
     return (
         f"{conversation.origin}: the chat template writes the conversation {part} differently when it goes on, so "
         f"the assistant's tokens cannot be found. They part at character {at}:\n"
         f"  {part + ':':<20}{piece[around]!r}\n"
         f"  {'whole conversation:':<20}{text[around]!r}\n"
-        f"Choose {mend}a template with {{% generation %}} marks by model.chat_template=FILE."
+        f"Choose {remedy}a template with {{% generation %}} marks by model.chat_template=FILE."
     )
 
 

@@ -66,7 +66,7 @@ class Tracker:
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show work inside a step; yields a function that is told how many more are done."""
+        """Show work inside a step; yields a function to call with how many more are done."""
         with self._progress.bar(description, total) as advance:
             yield advance
 

@@ -1,4 +1,4 @@
-"""Curves as inline SVG whose colours are the page's own, so that they follow its light or dark dress."""
+"""Curves as inline SVG whose colours are the page's own, so that they follow its light or dark theme."""
 
 from __future__ import annotations
 

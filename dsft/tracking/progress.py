@@ -79,7 +79,7 @@ class Progress:
             total: How many of it.
 
         Yields:
-            A function that is told how many more are done.
+            A function to call with how many more are done.
         """
         if not self._enabled:
             yield lambda count: None

@@ -27,7 +27,7 @@ class WandbSink:
         config: The composed config as plain values.
         run_id: Id of the W&B run to go on with, from the checkpoint; None for a new one.
         metrics: All that the run declares; of those by which evaluations are compared W&B shows the best value too.
-        note: Told where the run is to be seen, and what failed.
+        note: Called with where the run is to be seen, and what failed.
     """
 
     def __init__(
