@@ -238,14 +238,11 @@ def documents(lengths: list[int], device="cpu", kernel: Attention = Attention.pe
     return Documents(lengths, cumulative(lengths).to(device), kernel, noise)
 
 
-def begin(
-    noise: Noise, step: tuple[int, int], lengths: list[int], numbers: list[int], width: int | None = None
-) -> None:
+def begin(noise: Noise, step, lengths: list[int], numbers: list[int], width: int | None = None, device="cpu") -> None:
     """Let a Noise draw for documents of these lengths and numbers; padded to a width, if one is given."""
-    device = next((p.device for p in next(iter(noise._names)).parameters()), torch.device("cpu"))
     keys = token_keys(noise._seed, step, lengths, numbers, width)
     tensors = {"noise": keys, "lengths": torch.tensor(lengths)}
-    noise.begin(Batch(tensors, lengths, 0.0, len(lengths), numbers, step, width is not None).to(device))
+    noise.begin(Batch(tensors, lengths, 0.0, len(lengths), numbers, step, width is not None).to(torch.device(device)))
 
 
 def save(directory: Path, **changes) -> Path:
