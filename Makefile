@@ -23,6 +23,7 @@ lint: $(READY)
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) lint-imports
+	$(RUN) mypy
 
 # docs/SETTINGS.md from the schema, docs/METRICS.md from the metrics' declarations
 table: $(READY)

@@ -327,7 +327,7 @@ def _engine(config: Config, made: Plan, world: World) -> Engine:
         model = load_tuned(config, known.source, known.words, dtype, implementation, gather)
     noise = Noise(model, config.train.seed, config.tuning.neftune_alpha)
     models.activation_checkpointing(model, config.activation_checkpointing, noise.checkpointing)
-    tokens = isolation.probe_tokens(made.train_set)
+    tokens = isolation.probe_tokens(map(made.train_set.__getitem__, range(len(made.train_set))))
     alone = padded and {made.sizes.micro_batch_size, config.eval.micro_batch_size} == {1}
     module = TaskModule(model, made.task.loss, kernel, config.model.logits_chunk, noise, tokens, padded, alone)
     built = Engine(module, made.ds, config.optim, world)

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +291,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def newest_whole(run_dir: Path, note) -> Path | None:
+def newest_whole(run_dir: Path, note: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; `note(message)` is called for each that is skipped."""
     for path in reversed(checkpoints(run_dir)):
         if (problem := damage(path)) is None:
@@ -327,7 +327,7 @@ def choose(run_dir: Path, resume: str) -> Path | None:
         )
     path = Path(resume).expanduser().absolute()
     if resume == "auto" or own is not None:
-        if resume != "auto" and path.resolve() != own.resolve():
+        if resume != "auto" and own is not None and path.resolve() != own.resolve():
             # a run that began from PATH and was stopped goes on from where it came to, not from PATH again
             print(
                 f"note: train.resume={resume} is passed over, as run_dir={run_dir} holds a run that has come to "
@@ -391,7 +391,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _step(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    found = NAME.fullmatch(path.name)
+    assert found is not None, f"{path} is no checkpoint"
+    return int(found[1])
 
 
 def _write_record(part: Path, record: Record | None, probe: Probe | None) -> None:

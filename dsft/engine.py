@@ -75,7 +75,9 @@ class _ExactNorms(TorchFunctionMode):
     of DeepSpeed's optimizers take the gradient's norm so.
     """
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
         keywords = dict(keywords or {})
         if arguments and function in (torch.Tensor.norm, torch.norm, torch.linalg.vector_norm, torch.linalg.norm):
             x = arguments[0]
@@ -101,17 +103,17 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple] = []
 
-    def _now(self):
+    def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._begun = self._now()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._spans.append((self._begun, self._now()))
 
     def take(self) -> float:
@@ -162,7 +164,7 @@ class Engine:
         self._norm_scale = 1.0
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """The module that is trained."""
         return self._engine.module
 
@@ -226,7 +228,7 @@ class Engine:
 
     def _unapplied_scale(self) -> float:
         """fp16 without ZeRO: DeepSpeed 0.19.8 divides the gradient by a loss scale that it never multiplied in."""
-        return self.loss_scale if self._half_stage_0 else 1.0
+        return self.loss_scale or 1.0 if self._half_stage_0 else 1.0
 
     def _update_plain(self) -> bool:
         """fp32 without ZeRO: DeepSpeed neither tells the norm nor skips a step whose gradient is not finite.
@@ -253,7 +255,7 @@ class Engine:
         return self._engine(batch.to(self.world.device))[1]
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
+    def inference(self) -> Iterator[Any]:
         """The module in evaluation mode without gradients, for generation and probes on all ranks alike."""
         self._engine.eval()
         with torch.no_grad():
@@ -267,7 +269,7 @@ class Engine:
         with self.inference() as module:
             return module.logits(batch.to(self.world.device)).float().cpu()[None]
 
-    def gathered(self, parameters: list[nn.Parameter]):
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """A context in which these parameters are whole on every rank."""
         return _gathered(self.stage, parameters)
 
@@ -291,7 +293,7 @@ class Engine:
         writer, failures = self._engine.checkpoint_engine, []
         write = writer.save
 
-        def keep_failure(*args, **kwargs):
+        def keep_failure(*args: Any, **kwargs: Any) -> Any:
             try:
                 return write(*args, **kwargs)
             except (OSError, RuntimeError) as problem:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
+from dsft.data.dataset import TokenDataset
 from dsft.data.loader import evaluation_batches
 from dsft.engine import Engine
 from dsft.metrics import Metric, Row, Tally, form
@@ -37,7 +38,7 @@ class Evaluator:
 
     def __init__(
         self,
-        dataset,
+        dataset: TokenDataset,
         collator: Collator,
         world: World,
         metrics: Mapping[str, Metric],
@@ -58,7 +59,7 @@ class Evaluator:
         self._batches = evaluation_batches(lengths, world.rank, world.size, micro_batch_size, token_budget)
         self._stop_tokens = list(stop_tokens)
 
-    def metrics(self, engine: Engine, bar) -> dict[str, float]:
+    def metrics(self, engine: Engine, bar: Callable[..., AbstractContextManager]) -> dict[str, float]:
         """The metrics of an evaluation over the whole set, the same on every rank; all ranks call it.
 
         Args:
@@ -89,7 +90,8 @@ class Evaluator:
         Raises:
             Exception: One rank failed where others wait for it.
         """
-        found, problems = [], []
+        found: list[dict[str, str]] = []
+        problems: list[str] = []
         task, context = self._collator.task, self._collator.context
         if task.sample is None:
             return found, problems
@@ -98,7 +100,10 @@ class Evaluator:
             for number in range(min(context.train.samples, len(self._dataset))):
                 make = partial(task.sample, sampling, self._dataset[number], context)
                 texts, problem = self._together(engine, make)
-                (problems if problem else found).append(f"record {number + 1}: {problem}" if problem else texts)
+                if texts is None:
+                    problems.append(f"record {number + 1}: {problem}")
+                else:
+                    found.append(texts)
         return found, problems
 
     def _together(self, engine: Engine, make: Callable[[], dict[str, str]]) -> tuple[dict[str, str] | None, str | None]:
@@ -122,7 +127,7 @@ class Evaluator:
 
 
 @contextmanager
-def _own_settings(model) -> Iterator[PreTrainedModel]:
+def _own_settings(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The transformers model with empty generation settings, for it fills in from its own what a caller leaves open."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     settings, plain.generation_config = getattr(plain, "generation_config", None), GenerationConfig()

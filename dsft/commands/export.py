@@ -29,8 +29,7 @@ def export(
     """Write the model of a checkpoint, reload it, and compare its logits with those of the model that was trained.
 
     Args:
-        run_dir: Directory of a run, of any ZeRO stage and number of ranks.
-        which: `best`, `last` or a step.
+        run_dir: Directory of a run; `which` is `best`, `last` or a step.
         merge: With LoRA, a whole model; otherwise the adapters alone.
         output: Where to write; default `run_dir/model`.
         model_path: Where the base model lies, if it has been moved since the run.
@@ -39,7 +38,7 @@ def export(
         The written directory, and how far its logits are from those that the checkpoint keeps.
 
     Raises:
-        UserError: No such run or checkpoint, a damaged one, another base model, a full disk, or another model written.
+        UserError: No such run or checkpoint, a damaged one, another base model, a full disk, another model written.
     """
     run_dir = Path(run_dir).expanduser()
     output = Path(output).expanduser() if output else run_dir / "model"
@@ -67,6 +66,7 @@ def export(
         kind=kind,
         probe=probe,
     )
+    assert report is not None
     return output, report
 
 

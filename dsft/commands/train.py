@@ -116,7 +116,16 @@ def _choose(
     return world.from_main(choose)
 
 
-def _loop(config, plan: Plan, engine: Engine, world: World, stop, tracker, run_dir: Path, identity) -> loop.Loop:
+def _loop(
+    config: Config,
+    plan: Plan,
+    engine: Engine,
+    world: World,
+    stop: StopRequest,
+    tracker: Tracker | NullTracker,
+    run_dir: Path,
+    identity: dict[str, Any],
+) -> loop.Loop:
     adapters = tuning.adapters(engine.module.model)
     return loop.Loop(
         engine=engine,
@@ -181,14 +190,16 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
         tracker.note(f"resuming from {resume_from} at step {saved['step']}{again}")
 
 
-def _tracker(config: Config, plan: Plan, run_dir: Path, world: World, saved: dict[str, Any]):
+def _tracker(config: Config, plan: Plan, run_dir: Path, world: World, saved: dict[str, Any]) -> Tracker | NullTracker:
     if not world.is_main:
         return NullTracker()
     progress = Progress(plan.metrics, plan.total_steps, saved.get("step", 0), config.tracking.progress)
     return Tracker(run_dir, plan.metrics, progress)
 
 
-def _describe_run(config: Config, ds: dict, run_dir: Path, tracker: Tracker, audit: dict[str, Any]) -> None:
+def _describe_run(
+    config: Config, ds: dict, run_dir: Path, tracker: Tracker | NullTracker, audit: dict[str, Any]
+) -> None:
     """Write down what is about to happen, and what of it is new since the run began."""
     file = run_dir / "config.yaml"
     if file.exists():
@@ -235,6 +246,7 @@ def _save_frozen(engine: Engine) -> bool:
 def _export(plan: Plan, the_loop: loop.Loop) -> None:
     """Write `model/` from the weights as they stand, reload it, and compare logits with the training model's."""
     engine, world, directory = the_loop.engine, the_loop.world, the_loop.run_dir / "model"
+    assert the_loop.probe is not None
     probe = Probe(the_loop.probe.tensors["input_ids"], engine.logits(the_loop.probe))
     with engine.inference() as module:
         report = export.write_model(
@@ -252,7 +264,7 @@ def _export(plan: Plan, the_loop: loop.Loop) -> None:
     the_loop.tracker.note(f"exported {directory}; {report}")
 
 
-def _conclude(plan: Plan, run_dir: Path, signal: str | None, world: World, tracker) -> int:
+def _conclude(plan: Plan, run_dir: Path, signal: str | None, world: World, tracker: Tracker | NullTracker) -> int:
     """Write the report, show the result, say how to go on."""
     if world.is_main:
         tracker.finish()

@@ -90,8 +90,8 @@ def _element(name: str, value: str) -> str:
     if value.lower() == "null" and not (is_text(hint) and not is_text_or_null(hint)):
         return value
     if value[:1] == "[" and value[-1:] == "]" and (hint is None or not is_text(hint)):
-        inner = value[1:-1].strip()
-        items = [item.strip() for item in _split(inner)] if inner else []
+        listed = value[1:-1].strip()
+        items = [item.strip() for item in _split(listed)] if listed else []
         return f"[{','.join(_quote(item, _is_text(name, item)) for item in items)}]"
     return _quote(value, _is_text(name, value))
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -160,9 +160,9 @@ def explain(error: Exception) -> str | None:
     if str(error).startswith(_AMBIGUOUS):
         return _several(str(error).splitlines()[0].removeprefix(_AMBIGUOUS)[1:-1])
     if isinstance(cause, UnsupportedInterpolationType) or "Interpolation" in type(cause).__name__:
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}."
-    if isinstance(cause, ConfigKeyError | AttributeError) and getattr(cause, "full_key", None):
-        return _unknown(cause.full_key)
+        return f"{getattr(cause, 'full_key', '')}: {str(cause).splitlines()[0]}."
+    if isinstance(cause, ConfigKeyError | AttributeError) and (key := getattr(cause, "full_key", None)):
+        return _unknown(key)
     if isinstance(cause, ValidationError) and cause.full_key in knobs():
         return _wrong_type(cause.full_key, str(cause))
     if isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith("Config group override"):
@@ -191,22 +191,23 @@ def _typed(loose: Any) -> Config:
     """`loose` merged into the schema once more, for `+new.key=` gets past Hydra's own check."""
     if not isinstance(loose, DictConfig):
         raise UserError("a config is a mapping of names to values.")
-    unknown = [key for key in _flat(OmegaConf.to_container(loose)) if key not in knobs()]
+    given: Any = OmegaConf.to_container(loose)
+    unknown = [key for key in _flat(given) if key not in knobs()]
     if unknown:
         raise UserError("\n".join(map(_unknown, unknown)))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(loose))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise UserError("\n".join(f"{key} has no value: give {_HOW_TO_GIVE[key]}." for key in sorted(missing)))
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one of dotted names; a section that is not a mapping keeps its name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
@@ -235,12 +236,13 @@ def _closest(last: str, names: list[str], cutoff: float) -> list[str]:
 def _wrong_choice(error: MissingConfigException) -> str:
     file = str(error.missing_cfg_file)
     group, _, choice = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
-    near = _closest(choice, error.options, 0.4)
+    options = list(error.options or ())
+    near = _closest(choice, options, 0.4)
     hint = f" Did you mean {group}={near[0]}?" if near else ""
-    is_path = "/" in choice or ("." in choice and Path(choice).stem not in error.options)
+    is_path = "/" in choice or ("." in choice and Path(choice).stem not in options)
     if is_path and group in _OF_YOUR_OWN:
         hint = f" Did you mean {_OF_YOUR_OWN[group].format(choice)}?"
-    return f"{group}={choice}: there is no such choice.{hint} The choices are {', '.join(sorted(error.options))}."
+    return f"{group}={choice}: there is no such choice.{hint} The choices are {', '.join(sorted(options))}."
 
 
 def _several(argument: str) -> str:

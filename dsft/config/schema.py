@@ -357,21 +357,26 @@ class Config:
 @cache
 def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every knob's dotted name and type, in the schema's order."""
-    hints, found = get_type_hints(section), {}
+    hints = get_type_hints(section)
+    found: dict[str, Any] = {}
     for knob in fields(section):
-        hint, name = hints[knob.name], prefix + knob.name
-        found |= knobs(hint, name + ".") if is_dataclass(hint) else {name: hint}
+        hint: Any = hints[knob.name]
+        name = prefix + knob.name
+        inner: Any = hint
+        found |= knobs(inner, name + ".") if is_dataclass(hint) else {name: hint}
     return found
 
 
 @cache
 def of_some_tasks(section: type = Config, prefix: str = "") -> frozenset[str]:
     """Settings that not every task reads."""
-    hints, found = get_type_hints(section), set()
+    hints = get_type_hints(section)
+    found: set[str] = set()
     for knob in fields(section):
         name = prefix + knob.name
         if is_dataclass(hints[knob.name]):
-            found |= of_some_tasks(hints[knob.name], name + ".")
+            section_of: Any = hints[knob.name]
+            found |= of_some_tasks(section_of, name + ".")
         elif knob.metadata.get("of_some_tasks"):
             found.add(name)
     return frozenset(found)

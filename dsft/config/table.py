@@ -49,12 +49,12 @@ def main(files: list[str], mark: str = MARK, table: Callable[[], str] = markdown
 
 def docstrings(section: type) -> dict[str, str]:
     """The string under each knob of a schema class, on one line; a knob without one is left out."""
-    body = ast.parse(inspect.getsource(section)).body[0].body
-    return {
-        knob.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
-        for knob, text in pairwise(body)
-        if isinstance(knob, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
+    body: Any = ast.parse(inspect.getsource(section)).body[0]
+    found = {}
+    for declared, text in pairwise(body.body):
+        if isinstance(declared, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(declared.target)] = inspect.cleandoc(str(text.value.value)).replace("\n", " ")
+    return found
 
 
 def _rows(section: type, prefix: str) -> list[str]:

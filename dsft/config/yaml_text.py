@@ -76,7 +76,9 @@ def parse(text: str, package: str = "", name: str = "YAML") -> Any:
         node = loader.get_single_node()
         return None if node is None else loader.construct_document(_keep_text(node, package))
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{name}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}.") from error
+        raise UserError(
+            f"{name}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not valid YAML: {error.problem}."
+        ) from error
     finally:
         loader.dispose()
 

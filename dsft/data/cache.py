@@ -81,7 +81,7 @@ def load(directory: Path) -> Entry | None:
     except (OSError, ValueError, KeyError):  # another host builds it again
         return None
     columns = {name: Column(arrays[f"{name}.data"], arrays[file]) for name, file in content["offsets"].items()}
-    return Entry(columns, *(arrays[name] for name in PER_EXAMPLE), report=content["report"])
+    return Entry(columns, report=content["report"], **{name: arrays[name] for name in PER_EXAMPLE})
 
 
 def _state(directory: Path) -> list[list[Any]]:

@@ -109,7 +109,8 @@ def prepare(
     found = pydoc.Documentation(data.packages) if documentation else sources.Found(str(data.train), data.split)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
     train, held_out = _split(key, entry, 0.0 if data.validation else data.validation_share, seed)
-    parts = {"train": audit.part(found.name, entry.report, train, audit.count_records(held_out))}
+    parts: dict[str, Any] = {"train": audit.part(found.name, entry.report, train, audit.count_records(held_out))}
+    validation: TokenDataset | None
     if data.validation:
         key, entry = _entry(sources.Found(data.validation, data.split), data, encode, recipe, None)
         validation = TokenDataset(key, entry, np.arange(len(entry)))

@@ -67,7 +67,9 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not blank, which `at` then points to; "" at the end."""
         while True:
-            self.at = _BLANK.match(self._text, self.at).end()
+            blank = _BLANK.match(self._text, self.at)
+            assert blank is not None, "it matches nothing, too"
+            self.at = blank.end()
             if self.at < len(self._text):
                 return self._text[self.at]
             if self._ended:

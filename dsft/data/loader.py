@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,14 @@ from dsft.data.ahead import Shipping, ahead
 from dsft.data.pack import Planner
 from dsft.errors import UserError
 from dsft.types import Batch, Example
+
+
+class Examples(Protocol):
+    """A data set: examples by number."""
+
+    def __getitem__(self, number: int) -> Example: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Sequence[Example],
+        dataset: Examples,
         lengths: np.ndarray,
         weights: np.ndarray,
         planner: Planner,

@@ -123,7 +123,7 @@ def _installed(package: str) -> tuple[Path, list[Path]]:
         paths = [path for root in roots for path in _python_files(root, root.parent)]
         root = roots[0].parent
     else:
-        paths = [Path(spec.origin)] if str(spec.origin).endswith(".py") else []
+        paths = [Path(str(spec.origin))] if str(spec.origin).endswith(".py") else []
         root = paths[0].parent if paths else Path()
     if not paths:
         raise UserError(f"data.packages: {package} is installed without Python source files")
@@ -204,7 +204,7 @@ def _docstring(value: object) -> str:
     return inspect.cleandoc(doc) if isinstance(doc, str) else ""
 
 
-def _signature(value: object) -> str:
+def _signature(value: Any) -> str:
     try:
         parameters = list(inspect.signature(value).parameters.values())
     except (ValueError, TypeError):  # many C functions have none

@@ -198,7 +198,8 @@ def _json(path: Path) -> Iterator[Raw | BadRecord]:
 
 def _data(text: str, data: list[Any], path: Path) -> Iterator[Raw | BadRecord]:
     """The elements of the array under the key `data` of a valid document, each with the line it begins on."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    decode = json.JSONDecoder().raw_decode
+    blank: Any = re.compile(r"[\s,]*")
     starts = (match.end() - 1 for match in re.finditer(r'"data"\s*:\s*\[', text))
     at = next(at for at in starts if repr(decode(text, at)[0]) == repr(data))
     line, counted = 1, 0

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ def attention(
     is_causal: bool | None = None,
     documents: Documents | None = None,
     sliding_window: int | None = None,
-    **rest,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each document, in the signature that transformers calls.
 
@@ -147,8 +148,8 @@ def attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if documents is None:
-        options = {"scaling": scaling, "dropout": dropout, "is_causal": causal, "sliding_window": sliding_window}
-        return _by_transformers(module, query, key, value, attention_mask, **options, **rest)
+        rest |= {"scaling": scaling, "dropout": dropout, "is_causal": causal, "sliding_window": sliding_window}
+        return _by_transformers(module, query, key, value, attention_mask, **rest)
     _refuse_what_is_missing(module, {"attention_mask": attention_mask, **rest}, max(documents.lengths))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if documents.kernel is not Attention.per_document:
@@ -158,7 +159,17 @@ def attention(
     return _per_document(query, key, value, documents.lengths, scale, sliding_window, causal), None
 
 
-def _by_transformers(module, query, key, value, attention_mask, *, is_causal, sliding_window, **rest):
+def _by_transformers(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
     """Transformers' own SDPA, for generation."""
     if module.training:
         raise Inseparable(f"{type(module).__name__} got no document boundaries: its model does not hand them down.")
@@ -184,30 +195,57 @@ def _refuse_what_is_missing(module: torch.nn.Module, asked: dict, longest: int) 
         )
 
 
-def _per_document(query, key, value, lengths, scale, window, causal) -> torch.Tensor:
+def _per_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
     """Attention by a loop over documents; shapes as in `attention`."""
     pieces = zip(*(t[0].split(lengths, dim=1) for t in (query, key, value)))
     return torch.cat([_one_document(q, k, v, scale, window, causal) for q, k, v in pieces]).unsqueeze(0)
 
 
-def _one_document(query, key, value, scale, window, causal) -> torch.Tensor:
+def _one_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
     """One document by torch's fused kernel: (heads, tokens, head_dim) in, (tokens, heads, head_dim) out."""
     tokens = query.shape[1]
-    banded = window is not None and tokens > window
+    band = _visible(tokens, tokens, window, query.device, causal) if window is not None and tokens > window else None
     output = F.scaled_dot_product_attention(
         query.unsqueeze(0),
         key.unsqueeze(0),
         value.unsqueeze(0),
-        attn_mask=_visible(tokens, tokens, window, query.device, causal) if banded else None,
-        is_causal=causal and not banded,
+        attn_mask=band,
+        is_causal=causal and band is None,
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )
     return output[0].transpose(0, 1)
 
 
-def _with_dropout(module, query, key, value, documents: Documents, scale, window, causal, dropout) -> torch.Tensor:
+def _with_dropout(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
     """The loop over documents with the weights at hand, to drop some of them; shapes as in `attention`."""
+    noise = documents.noise
+    assert noise is not None, "a model that drops attention weights has a noise"
     groups = query.shape[1] // key.shape[1]
     key, value = (t[0].repeat_interleave(groups, dim=0) for t in (key, value))
     outputs, begin = [], 0
@@ -216,10 +254,10 @@ def _with_dropout(module, query, key, value, documents: Documents, scale, window
         scores = (query[0, :, rows] @ key[:, rows].transpose(1, 2)) * scale
         visible = _visible(tokens, tokens, window or tokens, query.device, causal)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
-        weights = documents.noise.attention_dropout(module, weights, begin, dropout)
+        weights = noise.attention_dropout(module, weights, begin, dropout)
         outputs.append((weights @ value[:, rows]).transpose(0, 1))
         begin += tokens
-    documents.noise.attended(module)
+    noise.attended(module)
     return torch.cat(outputs).unsqueeze(0)
 
 
@@ -230,7 +268,16 @@ def _visible(queries: int, keys: int, window: int, device: torch.device, causal:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(last).triu(ahead + 1 - window)
 
 
-def _variable_length(query, key, value, documents: Documents, scale, window, causal, dropout) -> torch.Tensor:
+def _variable_length(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
     """All documents in one CUDA kernel; shapes as in `attention`."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, head_dim)
     ends, longest = documents.cu_seqlens, max(documents.lengths)
@@ -254,7 +301,8 @@ def _variable_length(query, key, value, documents: Documents, scale, window, cau
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        groups, options = q.shape[1] // k.shape[1], {"scale": scale, "window_size": reach}
+        groups = q.shape[1] // k.shape[1]
+        options: dict[str, Any] = {"scale": scale, "window_size": reach}
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = groups > 1
         elif groups > 1:  # torch before 2.13
@@ -263,7 +311,7 @@ def _variable_length(query, key, value, documents: Documents, scale, window, cau
     return output.unsqueeze(0)
 
 
-def _mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """No mask tensor for flat rows; transformers' own where generation has padded its prompts."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
@@ -271,7 +319,15 @@ def _mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.
 def _without_asking(prepare: Callable[..., tuple]) -> Callable[..., tuple]:
     """transformers asks the device in every forward pass whether positions begin anew, to mask documents: not ours."""
 
-    def prepared(config, inputs_embeds, attention_mask, past_key_values, position_ids, *rest, **more):
+    def prepared(
+        config: Any,
+        inputs_embeds: Any,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> tuple:
         if config._attn_implementation == NAME:
             position_ids = None  # `_mask` does not look at what is found
         return prepare(config, inputs_embeds, attention_mask, past_key_values, position_ids, *rest, **more)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -36,5 +39,7 @@ def implementation(kind: Kind, config: PreTrainedConfig, padded: bool) -> str:
 
 def first_position(model: nn.Module) -> int:
     """The position id of a document's first token: RoBERTa and its kin count from behind the padding token's id."""
-    counting = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    counting: Iterator[Any] = (
+        module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids")
+    )
     return next((module.padding_idx + 1 for module in counting if module.padding_idx is not None), 0)

@@ -132,7 +132,7 @@ def _inside_package(path: str) -> Path:
             f"model.path={path}: no Python package {package!r} is installed here. "
             f"Install it: pip install {package.replace('_', '-')}"
         )
-    roots = spec.submodule_search_locations or [Path(spec.origin or "").parent]
+    roots = spec.submodule_search_locations or [str(Path(spec.origin or "").parent)]
     candidates = [Path(root) / inner for root in roots]
     for candidate in candidates:
         if inner and candidate.exists():
@@ -420,7 +420,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
 def _loading(source: ModelSource, what: str, *broken: type[Exception]) -> Iterator[None]:
     """Inside, what transformers says of unreadable files, and an exception that is `broken`, is a UserError that names
     them."""
-    said = OSError, ValueError, ImportError, SafetensorError
+    said: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError)
     try:
         yield
     except (*said, *broken) as error:

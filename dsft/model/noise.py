@@ -18,6 +18,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +42,13 @@ MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 """Of the mixer, as signed 32-bit numbers."""
 
 
-def _mix(value: np.ndarray | int) -> np.ndarray:
+def _mix(value: np.ndarray | np.uint64) -> Any:
     """splitmix64's finaliser: well-mixed uint64 from counters."""
     with np.errstate(over="ignore"):
-        value = np.asarray(value, dtype=np.uint64)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+        mixed: Any = np.asarray(value, dtype=np.uint64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
 
 
 def _chain(*numbers: int) -> np.uint64:
@@ -116,13 +118,13 @@ class _Drop(torch.autograd.Function):
     """`where(keep, x, 0) * scale`; keeps one byte per element for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, keep, scale):
+    def forward(ctx: Any, x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(keep)
         ctx.scale = scale
         return torch.where(keep, x, 0).mul_(scale)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (keep,) = ctx.saved_tensors
         return torch.where(keep, gradient, 0).mul_(ctx.scale), None, None
 
@@ -140,7 +142,7 @@ class Noise:
         neftune_alpha: Strength of uniform noise on the input embeddings (arXiv:2310.05914); 0 for none.
     """
 
-    def __init__(self, model: nn.Module, seed: int, neftune_alpha: float = 0.0):
+    def __init__(self, model: Any, seed: int, neftune_alpha: float = 0.0) -> None:
         self._seed = seed
         self._alpha = neftune_alpha
         self._names = {module: name for name, module in model.named_modules()}
@@ -152,7 +154,7 @@ class Noise:
         for module in model.modules():
             # a subclass with a forward of its own is met at the function that it calls
             if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
-                module.forward = self._forward_of(module)
+                setattr(module, "forward", self._forward_of(module))  # noqa: B010
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._neftune)
 
@@ -328,7 +330,7 @@ class Noise:
     def _place(self, module: nn.Module) -> str:
         return f"{self._names[module]}#{self._calls[module]}"
 
-    def _forward_of(self, module: nn.Dropout):
+    def _forward_of(self, module: nn.Dropout) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             return self.dropout(module, x, module.p) if module.training and module.p else x
 
@@ -342,7 +344,7 @@ class Noise:
 
     def owner(self) -> nn.Module:
         """The innermost module of the model whose code is being run."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and module in self._names:
@@ -381,7 +383,8 @@ def _dropped(x: torch.Tensor, bits: torch.Tensor, dropped: int) -> torch.Tensor:
 
 
 def _host_states() -> tuple:
-    _, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, keys, *rest = state
     return random.getstate(), keys.tobytes(), tuple(rest)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,17 @@ BLOCK = 1024
 
 @triton.jit
 def _drop(
-    x, out, tokens, pairs, features, lowest, scale, first: tl.constexpr, second: tl.constexpr, size: tl.constexpr
-):
+    x: Any,
+    out: Any,
+    tokens: Any,
+    pairs: Any,
+    features: Any,
+    lowest: Any,
+    scale: Any,
+    first: tl.constexpr,
+    second: tl.constexpr,
+    size: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * size + tl.arange(0, size)
     inside = column < features
@@ -35,7 +46,7 @@ class FusedDrop(torch.autograd.Function):
     """`x` where the draw is kept, scaled; the backward pass draws once more and keeps nothing of the tensor's size."""
 
     @staticmethod
-    def forward(ctx, x, tokens, pairs, dropped):
+    def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, pairs: torch.Tensor, dropped: int) -> torch.Tensor:
         """Drop elements.
 
         Args:
@@ -50,9 +61,10 @@ class FusedDrop(torch.autograd.Function):
         return _apply(x, tokens, pairs, dropped)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient, dropped at the same places."""
-        return _apply(gradient, *ctx.saved_tensors, ctx.dropped), None, None, None
+        tokens, pairs = ctx.saved_tensors
+        return _apply(gradient, tokens, pairs, ctx.dropped), None, None, None
 
 
 def _apply(x: torch.Tensor, tokens: torch.Tensor, pairs: torch.Tensor, dropped: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,14 @@ class RandomCalls(TorchFunctionMode):
         seen: Whether there was any.
     """
 
-    def __init__(self, noise):
+    def __init__(self, noise: Any) -> None:
         super().__init__()
         self._noise = noise
         self.seen = False
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
         keywords = keywords or {}
         if function in _DROPOUTS or function in _OTHER_DROPOUTS:
             x, p, training = _rate(function, arguments, keywords)
@@ -53,7 +56,7 @@ class RandomCalls(TorchFunctionMode):
             return self._single(function, arguments, keywords)
         return function(*arguments, **keywords)
 
-    def _single(self, function, arguments, keywords):
+    def _single(self, function: Any, arguments: tuple, keywords: dict[str, Any]) -> Any:
         """One uniform number is drawn once for the whole step; anything larger is laid out by the batch."""
         if function is torch.rand and math.prod(_size(arguments, keywords)) == 1:
             options = {key: keywords[key] for key in ("dtype", "device") if key in keywords}
@@ -68,7 +71,7 @@ class RandomCalls(TorchFunctionMode):
         self.seen = True
         return self._noise.owner()
 
-    def _refuse(self, function):
+    def _refuse(self, function: Any) -> NoReturn:
         module = self._noise.owner()
         raise UserError(
             f"{self._noise.name(module)} draws random numbers by torch's {function.__name__} while it trains, which "
@@ -77,7 +80,7 @@ class RandomCalls(TorchFunctionMode):
         )
 
 
-def _rate(function, arguments, keywords) -> tuple[torch.Tensor, float, bool]:
+def _rate(function: Any, arguments: tuple, keywords: dict[str, Any]) -> tuple[torch.Tensor, float, bool]:
     """Input, rate and training flag of a dropout function's call."""
     if function is torch.dropout:
         x, p, training = (*arguments, *(keywords[key] for key in ("input", "p", "train") if key in keywords))
@@ -87,7 +90,7 @@ def _rate(function, arguments, keywords) -> tuple[torch.Tensor, float, bool]:
     return bound.arguments["input"], bound.arguments.get("p", 1.0), bound.arguments["training"]
 
 
-def _size(arguments, keywords) -> tuple[int, ...]:
+def _size(arguments: tuple, keywords: dict[str, Any]) -> tuple[int, ...]:
     """The size that a factory function was called with."""
     given = keywords.get("size", arguments)
     return tuple(given[0]) if given and isinstance(given[0], list | tuple | torch.Size) else tuple(given)

@@ -60,7 +60,7 @@ def rehearse(
             with tempfile.TemporaryDirectory() as scratch, _refusing(source, adapters):
                 export.write_companions(companions, Path(scratch))
                 export.write_configs(model, Path(scratch), adapters, dtype)
-                tensors = {}
+                tensors: dict[str, torch.Tensor] = {}
                 for part in export.stream(model, adapters, lambda parameters: nullcontext(), True, dtype):
                     tensors |= part
                 if adapters:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -59,7 +60,7 @@ def grow(model: PreTrainedModel, vocabulary: Vocabulary, gather: Gather) -> None
     model.config.get_text_config().vocab_size = model.vocab_size = size
 
 
-def train(model: nn.Module, vocabulary: Vocabulary) -> None:
+def train(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Make the rows of new tokens trainable beside a frozen embedding and head; the other rows stay as they are.
 
     A module that is trained as a whole anyway is left alone. Tied modules share their new rows too.
@@ -85,7 +86,7 @@ def train(model: nn.Module, vocabulary: Vocabulary) -> None:
         module.register_forward_hook(_embed if isinstance(module, nn.Embedding) else _predict)
 
 
-def whole(module: nn.Module, name: str) -> torch.Tensor:
+def whole(module: Any, name: str) -> torch.Tensor:
     """The tensor `name` of a module, with the new rows that are trained beside it in their place."""
     tensor, own = getattr(module, name), getattr(module, f"new_{name}", None)
     if own is None:
@@ -108,7 +109,7 @@ def _grown(old: torch.Tensor, vocabulary: Vocabulary, size: int) -> torch.Tensor
     return new
 
 
-def _owners(model: nn.Module) -> Iterator[nn.Module]:
+def _owners(model: PreTrainedModel) -> Iterator[Any]:
     """The embedding and the head, without the adapters around them."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if any(getattr(module, "use_dora", {}).values()):
@@ -153,7 +154,7 @@ def _part(tensor: nn.Parameter, rows: slice) -> nn.Parameter:
     return nn.Parameter(tensor.detach()[rows].clone())
 
 
-def _embed(module: nn.Embedding, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+def _embed(module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
     """Forward hook of an embedding: the output of new tokens comes from `new_weight`.
 
     All tokens are looked up there, and the others' results dropped: nobody has to wait for the device to count.
@@ -166,7 +167,7 @@ def _embed(module: nn.Embedding, args: tuple[torch.Tensor], output: torch.Tensor
     return torch.where(((ids >= rows.start) & (ids < rows.stop)).unsqueeze(-1), own, output)
 
 
-def _predict(module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+def _predict(module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook of a head: the logits of new tokens come from `new_weight` and `new_bias`."""
     if not isinstance(output, torch.Tensor):
         return None  # it was asked for its loss, in which it has counted the new rows itself

@@ -57,7 +57,7 @@ def apply(
             _freeze(model, tuning)
         case Method.lora:
             model = _add_lora(model, tuning, seed, kind)
-    if tuning.new_tokens:
+    if tuning.new_tokens and vocabulary is not None:
         rows.train(model, vocabulary)
     return model
 

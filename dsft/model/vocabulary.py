@@ -218,8 +218,8 @@ def _is_known(text: str, backend: Tokenizer) -> bool:
     """
     named = backend.token_to_id(text)
     ids = backend.encode(text, add_special_tokens=False).ids
-    for place in {named, *(ids if len(ids) == 1 else [])} - {None}:
-        if backend.decode([place], skip_special_tokens=False) == text:
+    for place in {named, *(ids if len(ids) == 1 else [])}:
+        if place is not None and backend.decode([place], skip_special_tokens=False) == text:
             return True
     if named is not None:
         raise UserError(

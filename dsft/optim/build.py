@@ -44,7 +44,7 @@ def build(
 
 
 def _adamw(groups: list, optim: OptimConfig, offload: bool, classes: Mapping) -> torch.optim.Optimizer:
-    settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     by_torch = optim.implementation is Implementation.torch
     if by_torch or (optim.implementation is Implementation.auto and not offload):
         # One fused kernel is the fastest on CPUs too: seven times the speed of foreach on 60M fp32 weights.

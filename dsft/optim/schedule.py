@@ -81,7 +81,7 @@ class Schedule:
     def _start(self) -> None:
         rise = max(1, self._warmup_steps)
         self._warmup = _drive(lr_scheduler.LinearLR, start_factor=1 / rise, total_iters=rise - 1)
-        self._body = _BODIES[self._config.name](self._config, self._body_steps, self._better)
+        self._body: Any = _BODIES[self._config.name](self._config, self._body_steps, self._better)
         self.steps = 0
         self._ends: list[int] = []  # steps applied by the end of each epoch
 

@@ -21,7 +21,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from dsft.runtime import failure_hub
 from dsft.runtime.failure_hub import LONGEST, Cause, Hub, describe
@@ -97,7 +97,7 @@ class _Watch:
         self._line: Line | None = None
         self._failing = threading.Lock()
         self._done = False
-        self._terminal = None  # what stderr was, once this rank has been silenced
+        self._terminal: TextIO | None = None  # what stderr was, once this rank has been silenced
 
     def begin(self) -> None:
         """Meet the other ranks, in the background but for rank 0."""

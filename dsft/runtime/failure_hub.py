@@ -189,7 +189,7 @@ class Hub(threading.Thread):
         self._ranks[rank] = channel, message
         self._came.add(rank)
         channel.send({"welcome": True})
-        if self._ending:
+        if self._ending and self._cause is not None:
             channel.send({"cause": asdict(self._cause)})
         return rank
 
@@ -254,6 +254,7 @@ class Hub(threading.Thread):
         if self._printing:
             return
         self._printing = True
+        assert self._cause is not None, "somebody prints what has failed"
         if self._cause.rank in self._ranks:
             self._ranks[self._cause.rank][0].send({"cause": asdict(self._cause)})
             self._deadline = time.monotonic() + PRINTING
@@ -262,6 +263,7 @@ class Hub(threading.Thread):
 
     def _speak_for_it(self) -> None:
         """The rank that failed could not print, or was killed before it could: another one repeats its message."""
+        assert self._cause is not None, "its rank has gone"
         self._cause = replace(self._cause, silent=True)
         self._end_others()
 
@@ -271,13 +273,14 @@ class Hub(threading.Thread):
         self._ending = True
         self._deadline = time.monotonic() + (ENDING if len(self._came) == self._size else ARRIVING)
         for rank, (channel, _) in self._ranks.items():
-            if rank != self._cause.rank:
+            if self._cause is not None and rank != self._cause.rank:
                 channel.send({"cause": asdict(self._cause)})
         self._look_round()
 
     def _too_late(self) -> None:
         self._deadline = None
         if self._cause is None:
+            assert self._held is not None, "a deadline waits for a better cause than the held one"
             self._offer(replace(self._held, echo=False))
         elif not self._printing:
             self._let_print()

@@ -67,6 +67,7 @@ class Line(threading.Thread):
         if problem:
             self._told(problem)
             return
+        assert self._channel is not None, "it has connected"
         while (messages := self._channel.receive()) is not None:
             for message in messages:
                 self._hear(message)
@@ -106,6 +107,7 @@ class Line(threading.Thread):
 
     def _connect(self) -> Cause | None:
         """Find the hub and greet it; what stands in the way of the run, if rank 0 is gone or the hub another run's."""
+        about: dict[str, Any] | None
         if self._hub:
             about = {"port": self._hub.port, "token": self._hub.token}
             addresses = "localhost", self._host
@@ -145,7 +147,7 @@ class Line(threading.Thread):
         return Cause(place.rank, place.local_rank, self._host, port_taken(place), 2, silent=True)
 
 
-def publish(place: Place, host: str, hub: Hub):
+def publish(place: Place, host: str, hub: Hub) -> Any:
     """Put the hub's address into the rendezvous store, and return the store, which is open while it is referred to.
 
     Raises:
@@ -156,10 +158,11 @@ def publish(place: Place, host: str, hub: Hub):
     return store
 
 
-def _store(place: Place, hosts: bool):
+def _store(place: Place, hosts: bool) -> Any:
     """The rendezvous store of torch.distributed; in rank 0's process, `join` will find and use the same."""
-    import torch.distributed as dist
+    from torch import distributed
 
+    dist: Any = distributed
     agents = dist.is_torchelastic_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return dist.TCPStore(

@@ -35,7 +35,7 @@ def encode(conversation: Conversation, context: Context) -> list[Example | Dropp
     if not example.weight:
         return Dropped(UNSUPERVISED, MASKED)
     parts = fit(example.columns, weighed, data.max_length, data.on_overflow, conversation.origin)
-    if isinstance(parts, Dropped) or len(parts) > 1 or parts[0].weight:
+    if isinstance(parts, Dropped) or len(parts) > 1 or (isinstance(parts[0], Example) and parts[0].weight):
         return parts
     return Dropped(CUT_OFF, MASKED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Collator:
         numbers = [example.number for example, _ in documents] or [0]
         counted = [example for example, view in documents if view.number == 0]
         width = max(lengths) if self.padded else None
-        tensors = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
+        tensors: dict[str, Any] = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
         weight = float(sum(example.weight for example in counted))
         tensors["weight"] = np.float64(weight)
         tensors["lengths"] = np.array(lengths)
@@ -67,7 +68,7 @@ class Collator:
             padded=self.padded,
         )
 
-    def _laid_out(self, arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, np.ndarray]:
+    def _laid_out(self, arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, Any]:
         """Arrays of every token in the batch's layout, and what says where the documents are."""
         positions = [np.arange(length) for length in lengths]
         made = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from dsft.config.schema import Attention
 from dsft.model.attention import Documents
@@ -30,7 +30,7 @@ class Forward:
         head: Its output head, if logits are only its linear map of what it is given, else None.
     """
 
-    def __init__(self, model: nn.Module, kernel: Attention, noise: Noise, logits_chunk: int):
+    def __init__(self, model: PreTrainedModel, kernel: Attention, noise: Noise, logits_chunk: int):
         self.model = model
         self.head = plain_head(model)
         self._bare = True  # the head is given the base model's output, with nothing between them
@@ -39,7 +39,7 @@ class Forward:
         self._chunk = logits_chunk
 
     @property
-    def plain(self) -> nn.Module:
+    def plain(self) -> PreTrainedModel:
         """The transformers model inside its adapters, if there are any."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
@@ -75,6 +75,7 @@ class Forward:
             return self.head(self.hidden(batch)[batch.tensors["target_at"]], targets, shares, self._chunk)
         self.head.asked = asked = Asked(batch.tensors["target_at"], targets, shares, self._chunk)
         self.model(**self.inputs(batch))
+        assert asked.found is not None, "the first pass has shown that the model calls its head"
         return asked.found
 
     def learn_head(

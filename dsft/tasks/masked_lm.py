@@ -38,11 +38,11 @@ def encode(record: Conversation, context: Context) -> list[Example | Dropped] | 
     Raises:
         UserError: The tokenizer has no mask token, or `data.max_length` holds nothing but special tokens.
     """
-    tokenizer, data = context.tokenizer, context.data
+    tokenizer, data, written = context.tokenizer, context.data, record.text or ""
     if tokenizer.mask_token_id is None:
         raise UserError("task=masked_lm needs a tokenizer with a mask token, and that of model.path has none.")
     encoding = tokenizer(
-        record.text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False, verbose=False
+        written, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False, verbose=False
     )
     ids, inside = np.array(encoding["input_ids"], np.int32), ~np.array(encoding["special_tokens_mask"], bool)
     if not inside.any():
@@ -50,11 +50,11 @@ def encode(record: Conversation, context: Context) -> list[Example | Dropped] | 
     text = slice(int(inside.argmax()), len(ids) - int(inside[::-1].argmax()))
     columns = {"ids": ids[text], "maskable": ~np.isin(ids[text], tokenizer.all_special_ids)}
     if context.task.whole_words:
-        columns["words"] = _words(record.text, encoding["offset_mapping"][text])
+        columns["words"] = _words(written, encoding["offset_mapping"][text])
     before, after = ids[: text.start], ids[text.stop :]
     make = partial(_framed, before=before, after=after, share=context.task.mask_share)
     parts = fit(columns, make, data.max_length, data.on_overflow, record.origin, frame=len(before) + len(after))
-    if isinstance(parts, Dropped) or len(parts) > 1 or parts[0].weight:
+    if isinstance(parts, Dropped) or len(parts) > 1 or (isinstance(parts[0], Example) and parts[0].weight):
         return parts
     return Dropped(NO_TEXT)
 

@@ -7,11 +7,12 @@ they are taken in chunks: each chunk's logits live just long enough to give its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 """Config keys by which some models bend their logits after the head (Gemma 2, Cohere, Granite), and the value that
@@ -44,12 +45,23 @@ class _Gradients:
         at: A slice.
     """
 
-    def __init__(self, wants_hidden, wants_weight, wants_bias, wants_own, hidden, weight, bias, own, at):
+    def __init__(
+        self,
+        wants_hidden: bool,
+        wants_weight: bool,
+        wants_bias: bool,
+        wants_own: bool,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: Any,
+        at: Any,
+    ) -> None:
         self._hidden, self._weight, self._own, self._at = hidden, weight, own, at
         self._of_hidden = torch.empty_like(hidden) if wants_hidden else None
         # fp32, since a bf16 sum over many chunks would lose what the small ones add
         self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        self._of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        self._of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         self._of_own = torch.zeros_like(own, dtype=torch.float32) if wants_own else None
 
     @property
@@ -86,7 +98,18 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, own, at, targets, shares, chunk, training):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: torch.Tensor | None,
+        at: Any,
+        targets: torch.Tensor,
+        shares: torch.Tensor | None,
+        chunk: int,
+        training: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # what needs a gradient is told even where none will be asked for
         wants_hidden, wants_weight, wants_bias, wants_own = (needed and training for needed in ctx.needs_input_grad[:4])
         wanted = wants_hidden, wants_weight, wants_bias, wants_own
@@ -119,7 +142,7 @@ class _ChunkedNll(torch.autograd.Function):
         return nll, correct, each
 
     @staticmethod
-    def backward(ctx, grad_nll, *_):
+    def backward(ctx: Any, grad_nll: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = grad_nll.float()
         hidden, *rest = ctx.saved_tensors
         return (
@@ -133,7 +156,7 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 def _head_forward(
-    self: nn.Linear,
+    self: Any,
     hidden: torch.Tensor,
     targets: torch.Tensor | None = None,
     shares: torch.Tensor | None = None,
@@ -152,7 +175,8 @@ def _head_forward(
         self.asked = None
         asked.found = self.forward(hidden.flatten(0, -2)[asked.at], asked.targets, asked.shares, asked.chunk)
         return hidden.new_empty(*hidden.shape[:-1], 0)
-    own, at, bias = getattr(self, "new_weight", None), getattr(self, "new_rows", None), self.bias
+    own, bias = getattr(self, "new_weight", None), self.bias
+    at: Any = getattr(self, "new_rows", None)
     if hasattr(self, "new_bias"):
         bias = torch.cat([bias[: at.start], self.new_bias, bias[at.stop :]])
     return Nll(*_ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, shares, chunk, torch.is_grad_enabled()))
@@ -177,7 +201,7 @@ class Asked:
     found: Nll | None = None
 
 
-def plain_head(model: nn.Module) -> nn.Linear | None:
+def plain_head(model: PreTrainedModel) -> Any:
     """The output head if logits are just its linear map of what it is given, as far as is known, else None.
 
     The head's forward learns to return the loss. It stays one call of the head's own module, because ZeRO-3 gathers
@@ -191,7 +215,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     return with_loss(head)
 
 
-def with_loss(head: nn.Linear) -> nn.Linear:
+def with_loss(head: Any) -> Any:
     """The same layer, whose forward has learnt to return the loss (`_head_forward`)."""
     head.forward, head.asked = _head_forward.__get__(head), None
     return head

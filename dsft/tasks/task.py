@@ -17,7 +17,7 @@ from dsft.model.kind import Kind
 from dsft.types import Batch, Dropped, Example, Record
 
 if TYPE_CHECKING:
-    from dsft.tasks.module import Forward
+    from dsft.tasks.forward import Forward
 
 Sums = dict[str, torch.Tensor]
 
@@ -102,7 +102,7 @@ class Task:
     """
 
     shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]]
-    encode: Callable[[Record, Context], list[Example | Dropped] | Dropped]
+    encode: Callable[[Any, Context], list[Example | Dropped] | Dropped]
     inputs: Callable[[Example, View, Context], dict[str, np.ndarray]]
     loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]]
     kind: Kind

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -92,7 +93,7 @@ def _step_time(rows: Rows) -> str | None:
     return _svg(figure)
 
 
-def _draw(axes, points: Series, label: str | None = None, noisy: bool = True) -> None:
+def _draw(axes: Axes, points: Series, label: str | None = None, noisy: bool = True) -> None:
     """One curve; a long and noisy one is drawn faint, with its running mean over it."""
     xs, ys = points
     long = noisy and len(xs) > 100
@@ -134,7 +135,7 @@ def _marker(points: Series) -> str | None:
     return "o" if len(points[0]) <= 30 else None
 
 
-def _axes(width: float = 4.7, height: float = 2.4):
+def _axes(width: float = 4.7, height: float = 2.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -150,7 +151,7 @@ def _axes(width: float = 4.7, height: float = 2.4):
     return figure, axes
 
 
-def _number(value: float, _: int) -> str:
+def _number(value: float, _: float) -> str:
     """A tick of the vertical axis."""
     return f"{value:,.4g}" if abs(value) >= 1 else f"{value:.3g}"
 

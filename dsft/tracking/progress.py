@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -44,8 +44,8 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._initial, self._total = initial, total_steps
         self._lines = _Lines(self._line, clock)
-        self._bar = self._tqdm("train", total_steps, initial=initial, unit="step") if self._bars else None
-        self._start: tuple[int, float] | None = None
+        self._bar: Any = self._tqdm("train", total_steps, initial=initial, unit="step") if self._bars else None
+        self._start: tuple[float, float] | None = None
 
     @property
     def _bars(self) -> bool:
@@ -95,7 +95,7 @@ class Progress:
             self._bar.close()
         self._lines.flush()
 
-    def _tqdm(self, description: str, total: int, **options) -> tqdm:
+    def _tqdm(self, description: str, total: int, **options: Any) -> tqdm:
         return tqdm(desc=description, total=total, file=self._stream, dynamic_ncols=True, **options)
 
     def _advance(self, row: dict[str, float]) -> None:

@@ -71,8 +71,9 @@ def summary(run_dir: Path, metrics: Metrics) -> Group:
     run_dir = Path(run_dir)
     rows = MetricsFile(run_dir / "metrics.jsonl").rows()
     parts: list[Any] = []
-    if evaluation := _evaluation(rows, metrics):
-        first, last = _span(rows, metrics)
+    span, evaluation = _span(rows, metrics), _evaluation(rows, metrics)
+    if span and evaluation:
+        first, last = span
         table = Table("evaluation", f"before (step {first})", f"after (step {last})", "change", title_justify="left")
         for line in evaluation:
             table.add_row(line["label"], line["before"], line["after"], line["change"])
@@ -98,7 +99,7 @@ def _span(rows: list[dict], metrics: Metrics) -> tuple[int, int] | None:
     return (steps[0], steps[-1]) if steps else None
 
 
-def _evaluation(rows: list[dict], metrics: Metrics) -> list[dict[str, str]]:
+def _evaluation(rows: list[dict], metrics: Metrics) -> list[dict[str, Any]]:
     """A line for each evaluation metric: label, before, after, change, and whether it got better."""
     lines = []
     for name, metric in _of(metrics, Row.EVALUATION).items():

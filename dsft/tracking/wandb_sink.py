@@ -42,7 +42,7 @@ class WandbSink:
     ):
         self.run_id = run_id
         self._note = note
-        self._run = None
+        self._run: Any = None
         self._guard("init", lambda: self._init(section, run_dir, name, config, metrics))
 
     def log(self, row: dict[str, float]) -> None:
@@ -113,7 +113,7 @@ class WandbSink:
             self._note(f"warning: W&B failed in {what} and gets nothing more; the run goes on. {reason}")
 
 
-def _mode(wandb: Any) -> str:
+def _mode(wandb: Any) -> Any:
     """The mode that the environment or W&B's settings choose; offline where it would have to ask for a key."""
     mode = wandb.setup().settings.mode
     if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
@@ -124,4 +124,6 @@ def _mode(wandb: Any) -> str:
 def _table(samples: list[dict[str, Any]]) -> Any:
     import wandb
 
-    return wandb.Table(columns=SAMPLE_COLUMNS, data=[[sample[name] for name in SAMPLE_COLUMNS] for sample in samples])
+    return wandb.Table(
+        columns=[*SAMPLE_COLUMNS], data=[[sample[name] for name in SAMPLE_COLUMNS] for sample in samples]
+    )
