@@ -1,4 +1,4 @@
-"""Settings that must agree with each other: every rule is small, and all that fail are told together."""
+"""Settings that must agree with each other: every rule is small, and all that fail are reported together."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from dsft.config.schema import (
     is_text_list,
     is_text_or_null,
     knobs,
+    known,
 )
 from dsft.config.zero import offloads_optimizer, offloads_parameters, stage
 from dsft.errors import UserError
@@ -63,7 +64,7 @@ def check(
         Warnings: settings of a recipe that have no effect.
 
     Raises:
-        UserError: Listing everything that is wrong, each with the settings concerned and how to mend it.
+        UserError: Listing everything that is wrong, each with the settings concerned and how to fix it.
     """
     idle, warnings = effect.sort_out(config, [*effect.by_task(config, tasks), *effect.by_config(config)], given)
     problems = [
@@ -103,7 +104,7 @@ def check_model(
     tokens: int,
     resize: bool,
 ) -> None:
-    """What can be told only once the model's own config and its tokenizer are known.
+    """What can be checked only once the model's own config and its tokenizer are known.
 
     Args:
         max_length: `data.max_length`, in tokens.
@@ -192,44 +193,11 @@ def resolve_batch(batch: BatchConfig, world_size: int) -> BatchSizes:
     return BatchSizes(micro or share, steps or share, total)
 
 
-_RANGES = {
-    "at least 1": (
-        lambda value: value >= 1,
-        (
-            "model.logits_chunk data.max_records data.pack_window data.num_workers tuning.last_layers tuning.rank "
-            "fp16.loss_scale_window schedule.step_size train.max_steps train.epochs train.log_every train.keep_last "
-            "train.sample_tokens eval.micro_batch_size"
-        ),
-    ),
-    "at least 2": (lambda value: value >= 2, "data.max_length"),
-    "0 or more": (
-        lambda value: value >= 0,
-        (
-            "tuning.neftune_alpha fp16.initial_scale_power optim.weight_decay optim.max_grad_norm "
-            "schedule.warmup_steps schedule.restarts schedule.patience train.seed train.eval_every train.save_every "
-            "train.early_stopping_patience train.early_stopping_min_delta train.max_skipped_steps train.samples "
-            "eval.pseudo_perplexity"
-        ),
-    ),
-    "more than 0": (lambda value: value > 0, "tuning.alpha optim.lr optim.eps"),
-    "more than 0 and at most 1": (
-        lambda value: 0 < value <= 1,
-        "optim.layer_decay schedule.gamma task.mask_share",
-    ),
-    "at least 0 and less than 1": (
-        lambda value: 0 <= value < 1,
-        "data.validation_share tuning.dropout optim.momentum schedule.warmup_ratio schedule.min_lr_ratio",
-    ),
-}
-"""Numbers' ranges, in words and as a test, with the knobs they hold for; null passes."""
-
-
 def _ranges(config: Config) -> Iterator[str]:
-    for words, (holds, names) in _RANGES.items():
-        for name in names.split():
-            value = attrgetter(name)(config)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                yield f"{name}={value} must be {words}."
+    for name, numbers in known("range").items():
+        value = attrgetter(name)(config)
+        if value is not None and not (math.isfinite(value) and numbers.holds(value)):
+            yield f"{name}={value} must be {numbers.words}."
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas} must be two numbers, each at least 0 and less than 1."

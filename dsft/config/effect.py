@@ -1,7 +1,7 @@
 """When each setting acts. One that does nothing where it is given is a misunderstanding, and is not passed over.
 
 What was given on the command line is refused; what a recipe's YAML brings along, perhaps for other runs than this
-one, is a warning. Some can be told from the config alone, some once it is known where model and data are, some only
+one, is a warning. Some show from the config alone, some once it is known where model and data are, some only
 when the length of the data is known.
 """
 
@@ -17,68 +17,14 @@ from typing import Any
 from dsft.config.schema import (
     Config,
     Method,
-    OptimName,
-    Packing,
-    Precision,
     ScheduleConfig,
     ScheduleName,
     Source,
     TrainOn,
     Unit,
-    of_some_tasks,
+    known,
 )
 from dsft.errors import UserError
-
-_ACTS_WITH = (
-    ("tuning.trainable tuning.last_layers", "tuning.method", {Method.freeze}, "tuning=freeze"),
-    ("tuning.new_tokens", "tuning.method", {Method.freeze, Method.lora}, "tuning=freeze|lora"),
-    (
-        "tuning.rank tuning.alpha tuning.dropout tuning.target_modules tuning.use_rslora tuning.use_dora",
-        "tuning.method",
-        {Method.lora},
-        "tuning=lora",
-    ),
-    ("data.train", "data.source", {Source.files}, "data=jsonl"),
-    ("data.packages", "data.source", {Source.pydoc}, "data=pydoc"),
-    ("data.pack_window", "data.packing", set(Packing) - {Packing.none}, "data.packing=auto|bfd|padded"),
-    ("fp16.initial_scale_power fp16.loss_scale_window", "precision", {Precision.fp16}, "precision=fp16"),
-    ("optim.implementation", "optim.name", {OptimName.adamw}, "optim=adamw"),
-    ("optim.betas", "optim.name", set(OptimName) - {OptimName.sgd}, "optim=adamw|lion|muon"),
-    ("optim.eps", "optim.name", {OptimName.adamw, OptimName.muon}, "optim=adamw|muon"),
-    ("optim.momentum", "optim.name", {OptimName.sgd, OptimName.muon}, "optim=sgd|muon"),
-    ("schedule.restarts", "schedule.name", {ScheduleName.cosine}, "schedule=cosine"),
-    (
-        "schedule.min_lr_ratio",
-        "schedule.name",
-        {ScheduleName.linear, ScheduleName.cosine, ScheduleName.plateau},
-        "schedule=linear|cosine|plateau",
-    ),
-    ("schedule.step_size", "schedule.name", {ScheduleName.step}, "schedule=step"),
-    ("schedule.unit", "schedule.name", {ScheduleName.step, ScheduleName.exponential}, "schedule=step|exponential"),
-    (
-        "schedule.gamma",
-        "schedule.name",
-        {ScheduleName.step, ScheduleName.exponential, ScheduleName.plateau},
-        "schedule=step|exponential|plateau",
-    ),
-    ("schedule.metric schedule.patience", "schedule.name", {ScheduleName.plateau}, "schedule=plateau"),
-    ("tracking.project tracking.entity tracking.tags", "tracking.wandb", {True}, "tracking=wandb"),
-)
-"""Settings that only act where another one has one of some values, and how to choose one of those."""
-
-_NEEDS_EVALUATION = (
-    "eval.micro_batch_size train.eval_every train.best_metric train.early_stopping_patience "
-    "train.early_stopping_min_delta train.samples train.sample_tokens schedule.name schedule.metric schedule.patience"
-).split()
-"""Settings that do nothing where no record is held out (of the schedules only plateau)."""
-
-_OFF_AT_0 = {"data.validation_share", "train.eval_every", "train.samples"}
-"""Settings that are off at 0 though that is not their default: nothing is missed where they do nothing."""
-
-_CHOSEN_BY_GROUP = {
-    "model.path", "data.source", "tuning.method", "deepspeed.json", "optim.name", "schedule.name", "tracking.wandb",
-}  # fmt: skip
-"""Settings that the choice of their group gives: `schedule=plateau` is `schedule.name=plateau`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +70,7 @@ def sort_out(config: Config, idle: Iterable[Idle], given: Collection[str] | None
     default = Config()
     for one in idle:
         value, usual = attrgetter(one.name)(config), attrgetter(one.name)(default)
-        if (value == usual and value in (0, None, [])) or (one.name in _OFF_AT_0 and value == 0):
+        if (value == usual and value in (0, None, [])) or (one.name in known("off_at_0") and value == 0):
             continue  # switched off, in so many words
         if getattr(value, "name", None) == "auto":
             continue
@@ -137,7 +83,7 @@ def sort_out(config: Config, idle: Iterable[Idle], given: Collection[str] | None
 
 def was_given(name: str, given: Collection[str]) -> bool:
     """Whether the command line gave a setting, by its name or by choosing its group."""
-    return name in given or (name in _CHOSEN_BY_GROUP and name.partition(".")[0] in given)
+    return name in given or (name in known("by_group") and name.partition(".")[0] in given)
 
 
 def enforce(config: Config, idle: Iterable[Idle], given: Collection[str] | None) -> list[str]:
@@ -154,12 +100,11 @@ def enforce(config: Config, idle: Iterable[Idle], given: Collection[str] | None)
 
 def by_config(config: Config) -> Iterator[Idle]:
     """What does nothing, as far as the config alone can tell."""
-    for names, selector, values, choose in _ACTS_WITH:
-        chosen = attrgetter(selector)(config)
-        if chosen not in values:
-            for name in names.split():
-                why = f"does nothing with {selector}={text(chosen)}: choose {choose}, or leave {name} out."
-                yield Idle(name, f"{shown(config, name)} {why}")
+    for name, when in known("acts").items():
+        chosen = attrgetter(when.selector)(config)
+        if chosen not in when.values:
+            why = f"does nothing with {when.selector}={text(chosen)}: choose {when.choose}, or leave {name} out."
+            yield Idle(name, f"{shown(config, name)} {why}")
     data, train = config.data, config.train
     if data.validation is not None:
         yield Idle(
@@ -197,9 +142,9 @@ def by_task(config: Config, tasks: Mapping[str, Collection[str]]) -> Iterator[Id
 
     Args:
         config: The whole run.
-        tasks: Name of each task -> those settings of `schema.of_some_tasks` that it reads.
+        tasks: Name of each task -> which of the settings that not every task reads it reads.
     """
-    for name in sorted(of_some_tasks() - {*tasks[config.task.name]}):
+    for name in sorted(known("of_some_tasks").keys() - {*tasks[config.task.name]}):
         others = "|".join(task for task, read in tasks.items() if name in read)
         yield Idle(
             name,
@@ -347,7 +292,7 @@ def text(value: Any) -> str:
 
 def _without_evaluation(config: Config, why: str, remedy: str) -> Iterator[Idle]:
     plateau = config.schedule.name is ScheduleName.plateau
-    for name in _NEEDS_EVALUATION:
+    for name in known("evaluated"):
         if plateau or not name.startswith("schedule."):
             yield Idle(
                 name,

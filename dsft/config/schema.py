@@ -1,16 +1,17 @@
-"""Every knob of a run: its type, its default and what it does.
+"""Every setting of a run: its type, its default, its range, when it acts and what it does.
 
-The docstring under a knob is its documentation; the table in the README is made from it. YAML files in `conf/`
-choose values and never define knobs. OmegaConf reads these classes, so they are not frozen and use `Enum`, not
+The docstring under a setting is its documentation; docs/SETTINGS.md is made from this file. YAML files in `conf/`
+choose values and never define settings. OmegaConf reads these classes, so they are not frozen and use `Enum`, not
 `Literal`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from omegaconf import MISSING
 
@@ -98,17 +99,74 @@ class Attention(Enum):
     per_document = "per_document"
 
 
-OF_SOME_TASKS = {"of_some_tasks": True}
-"""Metadata of a setting that not every task reads; which ones do, says the task."""
+class Range(NamedTuple):
+    """Which numbers a setting may hold; null passes.
+
+    Attributes:
+        words: In words.
+        holds: Whether a number is one of them.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_2 = Range("at least 2", lambda value: value >= 2)
+NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+POSITIVE = Range("more than 0", lambda value: value > 0)
+SHARE = Range("more than 0 and at most 1", lambda value: 0 < value <= 1)
+BELOW_1 = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+
+
+class When:
+    """A setting acts only where another one has one of some values.
+
+    Args:
+        selector: The other one's dotted name.
+        values: Its values.
+        choose: How the command line chooses one of them.
+    """
+
+    def __init__(self, selector: str, *values: Any, choose: str) -> None:
+        self.selector, self.values, self.choose = selector, frozenset(values), choose
+
+
+def setting(
+    default: Any,
+    *,
+    range: Range | None = None,
+    acts: When | None = None,
+    evaluated: bool = False,
+    off_at_0: bool = False,
+    by_group: bool = False,
+    of_some_tasks: bool = False,
+) -> Any:
+    """A setting with what is known of it beside its type.
+
+    Args:
+        default: Its value where none is given.
+        range: Numbers that it may hold.
+        acts: When it acts; always, if not given.
+        evaluated: Whether it does nothing where no record is held out (of the schedules only plateau does).
+        off_at_0: Whether it is off at 0, though that is not its default: nothing is missed where it does nothing.
+        by_group: Whether the choice of its group gives it: `schedule=plateau` is `schedule.name=plateau`.
+        of_some_tasks: Whether not every task reads it; which ones do, says the task.
+    """
+    known = {"range": range, "acts": acts, "evaluated": evaluated, "off_at_0": off_at_0}
+    metadata = known | {"by_group": by_group, "of_some_tasks": of_some_tasks}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelConfig:
-    path: str = MISSING
+    path: str = setting(MISSING, by_group=True)
     """Directory, hub id or GGUF file; `package://NAME/FILE` is a file inside an installed Python package."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    chat_template: str | None = field(default=None, metadata=OF_SOME_TASKS)
+    chat_template: str | None = setting(None, of_some_tasks=True)
     """File with a Jinja chat template that replaces the tokenizer's own."""
     resize_embeddings: bool = False
     """Append rows to the input embedding and the output head where the tokenizer has more tokens than the model has
@@ -117,38 +175,42 @@ class ModelConfig:
     """Kernel of document-isolated attention: `flash` (flash-attn), `torch_varlen` (CUDA, half precision) or
     `per_document` (everywhere); `auto` takes the first that works, and `per_document` for a model with dropout of
     attention weights: `flash` draws that by noise of its own, which depends on the split, `torch_varlen` not at all."""
-    logits_chunk: int = field(default=1024, metadata=OF_SOME_TASKS)
+    logits_chunk: int = setting(1024, range=AT_LEAST_1, of_some_tasks=True)
     """Supervised tokens whose logits exist at once; bounds the memory that the vocabulary takes."""
 
 
 @dataclass
 class DataConfig:
-    source: Source = Source.files
+    source: Source = setting(Source.files, by_group=True)
     """`files` reads `data.train`; `pydoc` makes records from installed Python documentation."""
-    train: str | None = None
+    train: str | None = setting(None, acts=When("data.source", Source.files, choose="data=jsonl"))
     """JSONL, JSON, Parquet, CSV or TSV file, directory or glob of these, or a hub id."""
     validation: str | None = None
     """The same for evaluation; without it `data.validation_share` of the training records is held out."""
-    validation_share: float = 0.02
+    validation_share: float = setting(0.02, range=BELOW_1, off_at_0=True)
     """Share of the training records held out for evaluation when `data.validation` is not given; 0 for none."""
     split: str = "train"
     """Split to read when `data.train` is a hub id."""
     new_tokens: str | None = None
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""
-    packages: list[str] = field(default_factory=list)
+    packages: list[str] = setting([], acts=When("data.source", Source.pydoc, choose="data=pydoc"))
     """Installed packages whose documentation `data=pydoc` adds to the standard library's."""
-    max_records: int | None = None
+    max_records: int | None = setting(None, range=AT_LEAST_1)
     """Read at most this many training records, in their order; null for all."""
-    max_length: int = 512
+    max_length: int = setting(512, range=AT_LEAST_2)
     """Tokens of the longest example, and of a packed row."""
     packing: Packing = Packing.auto
     """`bfd` fills rows of `max_length` tokens by best-fit-decreasing; with `none` every example is a row; neither pads,
     and neither lets documents see each other. `padded` is for models that cannot keep the documents of a row apart:
     rows of like length go together and are filled up. `auto` takes `bfd` where the model can, else `padded`."""
-    pack_window: int = 4096
+    pack_window: int = setting(
+        4096,
+        range=AT_LEAST_1,
+        acts=When("data.packing", Packing.auto, Packing.bfd, Packing.padded, choose="data.packing=auto|bfd|padded"),
+    )
     """Shuffled examples that are packed, or sorted by length, together; larger packs tighter and pads less."""
-    train_on: TrainOn = field(default=TrainOn.assistant, metadata=OF_SOME_TASKS)
+    train_on: TrainOn = setting(TrainOn.assistant, of_some_tasks=True)
     """Which tokens are supervised: every assistant turn, the last one, or all tokens."""
     on_bad_record: OnBadRecord = OnBadRecord.error
     """Stop at a malformed record, or count it, list it in the audit and go on."""
@@ -157,7 +219,7 @@ class DataConfig:
     stop."""
     cache_dir: str = "~/.cache/dsft"
     """Where tokenised data and converted models are kept, keyed by content."""
-    num_workers: int | None = None
+    num_workers: int | None = setting(None, range=AT_LEAST_1)
     """Tokenising processes, started from 20,000 records on; null for all cores."""
 
 
@@ -165,51 +227,59 @@ class DataConfig:
 class TaskConfig:
     name: str = MISSING
     """What is learnt, and from which records."""
-    mask_share: float = field(default=0.15, metadata=OF_SOME_TASKS)
+    mask_share: float = setting(0.15, range=SHARE, of_some_tasks=True)
     """Share of an example's tokens that are to be predicted."""
-    whole_words: bool = field(default=False, metadata=OF_SOME_TASKS)
+    whole_words: bool = setting(False, of_some_tasks=True)
     """Predict whole words, not single tokens."""
 
 
 @dataclass
 class TuningConfig:
-    method: Method = Method.full
+    method: Method = setting(Method.full, by_group=True)
     """`full` trains every weight, `freeze` a chosen part, `lora` low-rank adapters."""
-    trainable: list[str] = field(default_factory=list)
-    """`freeze`: regular expressions; parameters whose name one of them finds are trained."""
-    last_layers: int | None = None
-    """`freeze`: train the last N decoder layers, the final norm and an untied output head."""
-    new_tokens: bool = False
-    """`freeze`, `lora`: train the rows of new tokens in the embedding and the output head too, and no other rows;
+    trainable: list[str] = setting([], acts=When("tuning.method", Method.freeze, choose="tuning=freeze"))
+    """Regular expressions; parameters whose name one of them finds are trained."""
+    last_layers: int | None = setting(
+        None, range=AT_LEAST_1, acts=When("tuning.method", Method.freeze, choose="tuning=freeze")
+    )
+    """Train the last N decoder layers, the final norm and an untied output head."""
+    new_tokens: bool = setting(
+        False, acts=When("tuning.method", Method.freeze, Method.lora, choose="tuning=freeze|lora")
+    )
+    """Train the rows of new tokens in the embedding and the output head too, and no other rows;
     with `freeze` they may be all that is trained. They are not decayed."""
-    rank: int = 16
-    """`lora`: rank of the update."""
-    alpha: float = 32.0
-    """`lora`: scale; the update is multiplied by alpha / rank (by alpha / sqrt(rank) under rsLoRA)."""
-    dropout: float = 0.0
-    """`lora`: dropout on the adapter's input."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """`lora`: module names that get adapters; `all-linear` is every linear layer but the output head."""
-    use_rslora: bool = False
-    """`lora`: rank-stabilised scale (arXiv:2312.03732)."""
-    use_dora: bool = False
-    """`lora`: weight-decomposed update (arXiv:2402.09353)."""
-    neftune_alpha: float = 0.0
+    rank: int = setting(16, range=AT_LEAST_1, acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Rank of the update."""
+    alpha: float = setting(32.0, range=POSITIVE, acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Scale; the update is multiplied by alpha / rank (by alpha / sqrt(rank) under rsLoRA)."""
+    dropout: float = setting(0.0, range=BELOW_1, acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Dropout on the adapter's input."""
+    target_modules: list[str] = setting(["all-linear"], acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Module names that get adapters; `all-linear` is every linear layer but the output head."""
+    use_rslora: bool = setting(False, acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Rank-stabilised scale (arXiv:2312.03732)."""
+    use_dora: bool = setting(False, acts=When("tuning.method", Method.lora, choose="tuning=lora"))
+    """Weight-decomposed update (arXiv:2402.09353)."""
+    neftune_alpha: float = setting(0.0, range=NOT_NEGATIVE)
     """Noise on the input embeddings while training (arXiv:2310.05914); 0 for none."""
 
 
 @dataclass
 class DeepSpeedConfig:
-    json: str = MISSING
+    json: str = setting(MISSING, by_group=True)
     """DeepSpeed JSON file; it owns ZeRO, offload and communication, this config owns everything else."""
 
 
 @dataclass
 class Fp16Config:
-    initial_scale_power: int = 16
-    """fp16: the first loss scale is 2 to this power."""
-    loss_scale_window: int = 1000
-    """fp16: steps without overflow before the loss scale doubles."""
+    initial_scale_power: int = setting(
+        16, range=NOT_NEGATIVE, acts=When("precision", Precision.fp16, choose="precision=fp16")
+    )
+    """The first loss scale is 2 to this power."""
+    loss_scale_window: int = setting(
+        1000, range=AT_LEAST_1, acts=When("precision", Precision.fp16, choose="precision=fp16")
+    )
+    """Steps without overflow before the loss scale doubles."""
 
 
 @dataclass
@@ -224,79 +294,120 @@ class BatchConfig:
 
 @dataclass
 class OptimConfig:
-    name: OptimName = OptimName.adamw
+    name: OptimName = setting(OptimName.adamw, by_group=True)
     """`adamw`, `sgd`, `lion` (DeepSpeed's) or `muon` (DeepSpeed's; matrices by Muon, the rest by AdamW)."""
-    implementation: Implementation = Implementation.auto
+    implementation: Implementation = setting(
+        Implementation.auto, acts=When("optim.name", OptimName.adamw, choose="optim=adamw")
+    )
     """AdamW by `torch` or `deepspeed`; `auto` is DeepSpeed's where the optimizer is offloaded, else torch's."""
-    lr: float = 1e-4
+    lr: float = setting(1e-4, range=POSITIVE)
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW, Lion, and Muon's AdamW: decay of the first and the second moment."""
-    eps: float = 1e-8
-    """AdamW, and Muon's AdamW: added to the denominator."""
-    weight_decay: float = 0.0
+    betas: list[float] = setting(
+        [0.9, 0.999],
+        acts=When("optim.name", OptimName.adamw, OptimName.lion, OptimName.muon, choose="optim=adamw|lion|muon"),
+    )
+    """Decay of the first and the second moment."""
+    eps: float = setting(
+        1e-8, range=POSITIVE, acts=When("optim.name", OptimName.adamw, OptimName.muon, choose="optim=adamw|muon")
+    )
+    """Added to the denominator."""
+    weight_decay: float = setting(0.0, range=NOT_NEGATIVE)
     """Weight decay, decoupled except with SGD; never applied to norms, biases and embeddings."""
-    momentum: float = 0.9
-    """SGD, Muon: momentum."""
-    max_grad_norm: float = 1.0
+    momentum: float = setting(
+        0.9, range=BELOW_1, acts=When("optim.name", OptimName.sgd, OptimName.muon, choose="optim=sgd|muon")
+    )
+    """Momentum."""
+    max_grad_norm: float = setting(1.0, range=NOT_NEGATIVE)
     """Clip the gradient to this global 2-norm; 0 is off."""
-    layer_decay: float = 1.0
+    layer_decay: float = setting(1.0, range=SHARE)
     """Layer-wise rates: each layer below the top has this times the rate of the one above it."""
 
 
 @dataclass
 class ScheduleConfig:
-    name: ScheduleName = ScheduleName.cosine
+    name: ScheduleName = setting(ScheduleName.cosine, evaluated=True, by_group=True)
     """Shape of the learning rate after warm-up, by optimizer step."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, range=NOT_NEGATIVE)
     """Steps over which the rate rises linearly to its peak."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = setting(0.0, range=BELOW_1)
     """The same as a share of all steps; give one of the two."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: float = setting(
+        0.0,
+        range=BELOW_1,
+        acts=When(
+            "schedule.name",
+            ScheduleName.linear,
+            ScheduleName.cosine,
+            ScheduleName.plateau,
+            choose="schedule=linear|cosine|plateau",
+        ),
+    )
     """Floor of linear, cosine and plateau, as a share of the peak."""
-    restarts: int = 0
-    """Cosine: how many times it starts again from the peak."""
-    step_size: int = 1
-    """Step: a decay every this many `schedule.unit`."""
-    unit: Unit = Unit.epochs
-    """Step, exponential: what a decay is counted in."""
-    gamma: float = 0.9
-    """Step, exponential, plateau: factor of one decay."""
-    metric: str = "eval/loss"
-    """Plateau: the evaluation metric that is watched."""
-    patience: int = 2
-    """Plateau: evaluations without improvement before a decay."""
+    restarts: int = setting(
+        0, range=NOT_NEGATIVE, acts=When("schedule.name", ScheduleName.cosine, choose="schedule=cosine")
+    )
+    """How many times it starts again from the peak."""
+    step_size: int = setting(1, range=AT_LEAST_1, acts=When("schedule.name", ScheduleName.step, choose="schedule=step"))
+    """A decay every this many `schedule.unit`."""
+    unit: Unit = setting(
+        Unit.epochs,
+        acts=When("schedule.name", ScheduleName.step, ScheduleName.exponential, choose="schedule=step|exponential"),
+    )
+    """What a decay is counted in."""
+    gamma: float = setting(
+        0.9,
+        range=SHARE,
+        acts=When(
+            "schedule.name",
+            ScheduleName.step,
+            ScheduleName.exponential,
+            ScheduleName.plateau,
+            choose="schedule=step|exponential|plateau",
+        ),
+    )
+    """Factor of one decay."""
+    metric: str = setting(
+        "eval/loss", acts=When("schedule.name", ScheduleName.plateau, choose="schedule=plateau"), evaluated=True
+    )
+    """The evaluation metric that is watched."""
+    patience: int = setting(
+        2,
+        range=NOT_NEGATIVE,
+        acts=When("schedule.name", ScheduleName.plateau, choose="schedule=plateau"),
+        evaluated=True,
+    )
+    """Evaluations without improvement before a decay."""
 
 
 @dataclass
 class TrainConfig:
-    max_steps: int | None = None
+    max_steps: int | None = setting(None, range=AT_LEAST_1)
     """Stop after this many optimizer steps."""
-    epochs: int | None = None
+    epochs: int | None = setting(None, range=AT_LEAST_1)
     """Stop after this many passes over the data; 1 where neither is given. With both, whichever comes first."""
-    seed: int = 0
+    seed: int = setting(0, range=NOT_NEGATIVE)
     """Seed of the data order, the held-out split, adapters, dropout and noise."""
-    log_every: int = 1
+    log_every: int = setting(1, range=AT_LEAST_1)
     """Steps between rows of training metrics."""
-    eval_every: int = 50
+    eval_every: int = setting(50, range=NOT_NEGATIVE, evaluated=True, off_at_0=True)
     """Steps between evaluations; there is always one before the first step and one at the end. 0 for only these."""
-    save_every: int = 50
+    save_every: int = setting(50, range=NOT_NEGATIVE)
     """Steps between checkpoints; there is always one at the end. 0 for only this."""
-    keep_last: int = 2
+    keep_last: int = setting(2, range=AT_LEAST_1)
     """Checkpoints kept, besides the best."""
     resume: str = "auto"
     """`auto` goes on from the newest whole checkpoint of `run_dir`, `never` starts anew, PATH is one checkpoint."""
-    best_metric: str = "eval/loss"
+    best_metric: str = setting("eval/loss", evaluated=True)
     """Metric that picks the best checkpoint."""
-    early_stopping_patience: int = 0
+    early_stopping_patience: int = setting(0, range=NOT_NEGATIVE, evaluated=True)
     """Stop after this many evaluations without improvement of `best_metric`; 0 is off."""
-    early_stopping_min_delta: float = 0.0
+    early_stopping_min_delta: float = setting(0.0, range=NOT_NEGATIVE, evaluated=True)
     """Smallest change of `best_metric` that counts as an improvement."""
-    max_skipped_steps: int = 20
+    max_skipped_steps: int = setting(20, range=NOT_NEGATIVE)
     """Stop with a diagnosis after this many skipped steps (overflow, NaN) in a row; 0 is off."""
-    samples: int = field(default=1, metadata=OF_SOME_TASKS)
+    samples: int = setting(1, range=NOT_NEGATIVE, evaluated=True, off_at_0=True, of_some_tasks=True)
     """Answers generated for the first validation records, before the first step and at the end."""
-    sample_tokens: int = field(default=64, metadata=OF_SOME_TASKS)
+    sample_tokens: int = setting(64, range=AT_LEAST_1, evaluated=True, of_some_tasks=True)
     """Longest generated answer, in tokens."""
     export: bool = True
     """Write `run_dir/model/` at the end."""
@@ -306,23 +417,23 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = setting(None, range=AT_LEAST_1, evaluated=True)
     """Documents in one evaluation forward pass; null takes as many as fit in one training micro-batch's tokens.
     Changes speed and memory, never a result."""
-    pseudo_perplexity: int | None = field(default=0, metadata=OF_SOME_TASKS)
+    pseudo_perplexity: int | None = setting(0, range=NOT_NEGATIVE, of_some_tasks=True)
     """Validation examples over which pseudo-perplexity is formed, each of their tokens predicted with it alone masked
     (arXiv:1910.14659); 0 for none, null for all."""
 
 
 @dataclass
 class TrackingConfig:
-    wandb: bool = False
+    wandb: bool = setting(False, by_group=True)
     """Send metrics, samples and the audit to Weights & Biases, from rank 0. `metrics.jsonl` is always written."""
-    project: str = "dsft"
+    project: str = setting("dsft", acts=When("tracking.wandb", True, choose="tracking=wandb"))
     """W&B project."""
-    entity: str | None = None
+    entity: str | None = setting(None, acts=When("tracking.wandb", True, choose="tracking=wandb"))
     """W&B entity."""
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = setting([], acts=When("tracking.wandb", True, choose="tracking=wandb"))
     """W&B tags."""
     progress: bool = True
     """Show a progress bar on rank 0."""
@@ -356,42 +467,46 @@ class Config:
 
 @cache
 def knobs(section: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every knob's dotted name and type, in the schema's order."""
+    """Every setting's dotted name and type, in the schema's order."""
     hints = get_type_hints(section)
     found: dict[str, Any] = {}
-    for knob in fields(section):
-        hint: Any = hints[knob.name]
-        name = prefix + knob.name
-        inner: Any = hint
-        found |= knobs(inner, name + ".") if is_dataclass(hint) else {name: hint}
+    for one in fields(section):
+        hint: Any = hints[one.name]
+        inside = isinstance(hint, type) and is_dataclass(hint)
+        found |= knobs(hint, f"{prefix}{one.name}.") if inside else {prefix + one.name: hint}
     return found
 
 
 @cache
-def of_some_tasks(section: type = Config, prefix: str = "") -> frozenset[str]:
-    """Settings that not every task reads."""
-    hints = get_type_hints(section)
-    found: set[str] = set()
-    for knob in fields(section):
-        name = prefix + knob.name
-        if is_dataclass(hints[knob.name]):
-            section_of: Any = hints[knob.name]
-            found |= of_some_tasks(section_of, name + ".")
-        elif knob.metadata.get("of_some_tasks"):
-            found.add(name)
-    return frozenset(found)
+def known(what: str, section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """What `setting` was told of each setting, by its dotted name; those of which it was not are left out.
+
+    Args:
+        what: A keyword of `setting`.
+        section: Where to look.
+        prefix: Its dotted name and a dot.
+    """
+    hints: dict[str, Any] = get_type_hints(section)
+    found: dict[str, Any] = {}
+    for one in fields(section):
+        inner = hints[one.name]
+        if isinstance(inner, type) and is_dataclass(inner):
+            found |= known(what, inner, f"{prefix}{one.name}.")
+        elif one.metadata.get(what):
+            found[prefix + one.name] = one.metadata[what]
+    return found
 
 
 def is_text(hint: Any) -> bool:
-    """Whether a knob of this type holds text."""
+    """Whether a setting of this type holds text."""
     return hint is str or is_text_or_null(hint)
 
 
 def is_text_or_null(hint: Any) -> bool:
-    """Whether a knob of this type holds text or null."""
+    """Whether a setting of this type holds text or null."""
     return hint == str | None
 
 
 def is_text_list(hint: Any) -> bool:
-    """Whether a knob of this type holds a list of texts."""
+    """Whether a setting of this type holds a list of texts."""
     return hint == list[str]

@@ -23,7 +23,7 @@ MARK = "<!-- config table -->\n"
 
 
 def markdown_table() -> str:
-    """Every knob with its default and its docstring, in the schema's order, a bold row before each section."""
+    """Every setting with its default and its docstring, in the schema's order, a bold row before each section."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     hints = get_type_hints(schema.Config)
     for field in fields(schema.Config):
@@ -48,7 +48,7 @@ def main(files: list[str], mark: str = MARK, table: Callable[[], str] = markdown
 
 
 def docstrings(section: type) -> dict[str, str]:
-    """The string under each knob of a schema class, on one line; a knob without one is left out."""
+    """The string under each setting of a schema class, on one line; a setting without one is left out."""
     body: Any = ast.parse(inspect.getsource(section)).body[0]
     found = {}
     for declared, text in pairwise(body.body):
@@ -58,12 +58,16 @@ def docstrings(section: type) -> dict[str, str]:
 
 
 def _rows(section: type, prefix: str) -> list[str]:
-    hints, texts = get_type_hints(section), docstrings(section)
-    return [
-        f"| `{prefix}{field.name}` | {_default(field)} | {texts[field.name]}{_choices(hints[field.name])} |"
-        for field in fields(section)
-        if not is_dataclass(hints[field.name])
-    ]
+    hints, texts, rows = get_type_hints(section), docstrings(section), []
+    for field in fields(section):
+        hint: Any = hints[field.name]
+        name = prefix + field.name
+        if isinstance(hint, type) and is_dataclass(hint) and prefix:
+            rows += _rows(hint, f"{name}.")  # a section within a section
+        elif not is_dataclass(hint):
+            meaning = texts[field.name] + _choices(hint) + _limits(field)
+            rows.append(f"| `{name}` | {_default(field)} | {meaning} |")
+    return rows
 
 
 def _default(field: Any) -> str:
@@ -75,6 +79,15 @@ def _default(field: Any) -> str:
     if value is None or isinstance(value, bool):
         return f"`{'null' if value is None else str(value).lower()}`"
     return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
+
+
+def _limits(field: Any) -> str:
+    """Its range, and when it acts."""
+    numbers, when = field.metadata.get("range"), field.metadata.get("acts")
+    words = [numbers.words.capitalize() + "."] if numbers else []
+    words += ["Acts with `{}`.".format(when.choose.replace("|", r"\|"))] if when else []
+    words += ["Not all tasks read it."] if field.metadata.get("of_some_tasks") else []
+    return "".join(f" {word}" for word in words)
 
 
 def _choices(hint: Any) -> str:

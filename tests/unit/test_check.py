@@ -6,6 +6,7 @@ import math
 import pytest
 import tiny
 
+from dsft.config import schema
 from dsft.config.check import BatchSizes, check, check_model, check_rotation, resolve_batch
 from dsft.config.load import knobs
 from dsft.config.schema import (
@@ -200,9 +201,7 @@ def test_offload_with_its_stage_passes(zero):
 
 
 def test_every_number_of_the_schema_has_a_range():
-    from dsft.config.check import _RANGES
-
-    ranged = {name for _, names in _RANGES.values() for name in names.split()}
+    ranged = schema.known("range").keys()
     numbers = {name for name, hint in knobs().items() if hint in (int, float, int | None, float | None)}
     assert numbers - ranged == {
         "batch.micro_batch_size",

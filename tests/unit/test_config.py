@@ -304,3 +304,28 @@ def test_table_has_one_row_per_knob():
     assert "| `optim.name` | `adamw` |" in table.markdown_table()
     assert OptimName.muon.name in next(row for row in rows if "`optim.name`" in row)
     assert "| `model.path` | required |" in table.markdown_table()
+
+
+def test_a_section_may_stand_within_a_section():
+    """As data.clean.* or eval.generate.* will: names, what is known of a setting, and the table reach into it."""
+    from dataclasses import dataclass, field
+
+    from dsft.config import schema
+
+    @dataclass
+    class Inner:
+        limit: int = schema.setting(3, range=schema.AT_LEAST_1)
+        """How many."""
+
+    @dataclass
+    class Outer:
+        inner: Inner = field(default_factory=Inner)
+        plain: bool = False
+        """Whether."""
+
+    @dataclass
+    class Root:
+        outer: Outer = field(default_factory=Outer)
+
+    assert list(schema.knobs(Root)) == ["outer.inner.limit", "outer.plain"]
+    assert schema.known("range", Root) == {"outer.inner.limit": schema.AT_LEAST_1}

@@ -11,10 +11,10 @@ import tiny
 from hydra.core.global_hydra import GlobalHydra
 from test_check import config
 
-from dsft.config import effect
+from dsft.config import effect, schema
 from dsft.config.check import check
 from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_task, by_tokens, enforce
-from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs, of_some_tasks
+from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs, known
 from dsft.errors import UserError
 from dsft.metrics import comparable
 from dsft.optim import Schedule
@@ -59,16 +59,16 @@ def here(made: Config):
 
 
 def test_of_every_setting_it_is_known_when_it_acts():
-    lora = config(tuning__method=Method.lora, data__source=Source.pydoc, data__packing=effect.Packing.none)
+    lora = config(tuning__method=Method.lora, data__source=Source.pydoc, data__packing=schema.Packing.none)
     cases = [
         *by_config(config(data__validation="v")),
         *by_config(config(data__validation_share=0.0, train__samples=0, **PLATEAU)),
         *by_config(config(train__max_steps=1, schedule__warmup_steps=2, schedule__name=ScheduleName.constant)),
-        *by_config(config(optim__name=effect.OptimName.sgd)),
-        *by_config(config(optim__name=effect.OptimName.lion)),
+        *by_config(config(optim__name=schema.OptimName.sgd)),
+        *by_config(config(optim__name=schema.OptimName.lion)),
         *by_config(lora),
         *here(config()),
-        *by_task(config(task__name="b"), {"a": of_some_tasks(), "b": ()}),
+        *by_task(config(task__name="b"), {"a": known("of_some_tasks"), "b": ()}),
         *length(given=(), all_supervised=True, total_steps=5)(config(train__epochs=2, train__max_steps=5)),
         *length(given=(), total_steps=5)(config(train__epochs=2, train__max_steps=6)),
         *by_model(config(), "m", chunked=False, decayed=False, rows_alone=True),
@@ -84,7 +84,7 @@ def test_of_every_setting_it_is_known_when_it_acts():
     "name", ["tuning.rank", "optim.betas", "schedule.metric", "tracking.project", "fp16.loss_scale_window"]
 )
 def test_given_as_the_default_is_given(name):
-    made = config(optim__name=effect.OptimName.sgd) if name == "optim.betas" else config()
+    made = config(optim__name=schema.OptimName.sgd) if name == "optim.betas" else config()
     given = {name}
     with pytest.raises(UserError, match=rf"^{name}=.* does nothing with "):
         enforce(made, by_config(made), given)
@@ -93,7 +93,7 @@ def test_given_as_the_default_is_given(name):
 
 def test_from_a_recipe_it_is_a_warning():
     settings = {"tuning__rank": 8, "data__packages": ["numpy"]}
-    assert [line.split(" ")[0] for line in warned(settings, {"name"})] == ["tuning.rank=8", "data.packages=[numpy]"]
+    assert [line.split(" ")[0] for line in warned(settings, {"name"})] == ["data.packages=[numpy]", "tuning.rank=8"]
     (line,) = idle(settings, {"tuning.rank"})
     assert line.startswith("tuning.rank=8 does nothing with tuning.method=full: choose tuning=lora")
 
@@ -114,7 +114,7 @@ def test_check_refuses_and_warns_at_once():
         {"data__validation": "v", "data__validation_share": 0.0},
         {"tracking__tags": [], "tuning__use_dora": False, "tuning__dropout": 0.0, "tuning__last_layers": None},
         {"schedule__restarts": 0, "schedule__min_lr_ratio": 0.0, "schedule__name": ScheduleName.constant},
-        {"optim__implementation": effect.Config().optim.implementation, "optim__name": effect.OptimName.sgd},
+        {"optim__implementation": effect.Config().optim.implementation, "optim__name": schema.OptimName.sgd},
     ],
 )
 def test_switched_off_in_so_many_words_is_no_mistake(settings):
