@@ -12,6 +12,19 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 45
 """Lines of a function, docstring included."""
 
+SEVERAL = {
+    *("test_architecture", "test_dependencies", "test_gpu", "test_pairwise", "test_readme"),
+    *("commands/test_run_plan", "config/test_conf_choices", "config/test_config", "config/test_text_settings"),
+    *(
+        "metrics/test_metrics",
+        "model/test_model_load",
+        "optim/test_optim",
+        "tasks/test_tasks",
+        "tracking/test_tracking",
+    ),
+}
+"""Files of unit tests that are about a whole room, or about files outside of the package."""
+
 OWNERS = {
     "deepspeed": {"dsft/engine.py", "dsft/runtime", "dsft/checkpoint.py"},
     "hydra": {"launch", "dsft/config"},
@@ -77,3 +90,13 @@ def test_no_function_is_longer_than_a_reading():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST:
                 long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
+
+
+def test_unit_tests_stand_where_what_they_test_stands():
+    """tests/unit/<room>/test_<module>.py for dsft/<room>/<module>.py; SEVERAL are about more than one module."""
+    strays = set()
+    for file in (ROOT / "tests" / "unit").rglob("test_*.py"):
+        room, module = file.relative_to(ROOT / "tests" / "unit").parent, file.stem.removeprefix("test_")
+        if not (ROOT / "dsft" / room / f"{module}.py").exists():
+            strays.add((room / file.stem).as_posix())
+    assert strays == SEVERAL

@@ -18,7 +18,7 @@ from dsft.errors import UserError
 
 load.register()
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONF = str(ROOT / "conf")
 TRAIN = ROOT / "launch" / "train.py"
 

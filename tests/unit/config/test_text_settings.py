@@ -26,7 +26,7 @@ from dsft.errors import UserError
 
 load.register()
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
 LOOKS_LIKE_ELSE = """1e5 5e37820 2024_11_25 2024-11-25 007 1_000 0x10 0o7 1:30 12:30:45 -1e3 .5 1. inf nan .inf yes no
     on off true False y ~ * % ? = | @x !t &a `x` a#b a@b""".split()

@@ -8,7 +8,7 @@ import tiny
 from dsft.config.schema import known
 from dsft.tasks import TASKS, settings_by_task
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_no_file_names_a_task_but_its_own_and_its_entry():

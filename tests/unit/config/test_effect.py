@@ -20,7 +20,7 @@ from dsft.metrics import comparable
 from dsft.optim import Schedule
 from dsft.tasks import settings_by_task
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAIN = ROOT / "launch" / "train.py"
 PLATEAU = {"schedule__name": ScheduleName.plateau}
 LONG = Length(held_out=10, all_supervised=False, total_steps=1000, steps_to_decay=10)

@@ -480,7 +480,7 @@ def test_tied_weights_may_come_under_either_name():
     ],
 )
 def test_the_command_line_names_what_is_wrong(arguments, message):
-    spec = importlib.util.spec_from_file_location("launch_export", Path(__file__).parents[2] / "launch" / "export.py")
+    spec = importlib.util.spec_from_file_location("launch_export", Path(__file__).parents[3] / "launch" / "export.py")
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
     with pytest.raises(UserError, match=message):

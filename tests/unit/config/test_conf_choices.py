@@ -17,7 +17,7 @@ from dsft.tasks import settings_by_task
 
 load.register()
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[3] / "conf"
 CONTRACT = {
     "model": {"smollm2_135m"},
     "data": {"pydoc", "jsonl"},

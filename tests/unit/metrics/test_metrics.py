@@ -13,7 +13,7 @@ import torch
 from dsft.metrics import Ledger, Metric, Reduction, Row, Tally, comparable, declare, form
 from dsft.tasks import TASKS, metrics_table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOW = {"grad_norm": 0.5, "lr": 1e-3, "epoch": 0.5, "tokens": 9, "weight_so_far": 8.0, "skipped_steps": 1}
 CPU = torch.device("cpu")
 
