@@ -1,18 +1,18 @@
 """Write a checkpoint's model: `python launch/export.py run_dir=R checkpoint=best|last|N merge=true|false output=DIR
 model.path=DIR`
 
-One process, no launcher, no accelerator. Only `run_dir` is needed; the rest is `last`, `true` and `run_dir/model`. The
-base model is looked for where the run had it, unless `model.path` says where it has been moved to.
+Arguments are written as those of `launch/train.py`. One process, no launcher, no accelerator. Only `run_dir` is needed;
+the rest is `last`, `true` and `run_dir/model`. The base model is looked for where the run had it, unless `model.path`
+says where it has been moved to.
 """
 
-import difflib
 import sys
 from pathlib import Path
 
-from dsft.config import load
+from dsft.config import cli, load
 from dsft.errors import UserError
 
-DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": "true", "output": None, "model.path": None}
+DEFAULTS = {"run_dir": None, "checkpoint": "last", "merge": True, "output": None, "model.path": None}
 
 
 def parse(argv: list[str]) -> dict:
@@ -21,21 +21,15 @@ def parse(argv: list[str]) -> dict:
     Raises:
         UserError: An unknown key or a value that is none of its choices.
     """
-    given = dict(DEFAULTS)
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if key not in DEFAULTS or not equals or not value:
-            near = difflib.get_close_matches(key.lstrip("-"), DEFAULTS, n=1, cutoff=0.0)
-            raise UserError(f"{argument!r} is no key=value of {', '.join(DEFAULTS)}. Nearest: {near[0]}=...")
-        given[key] = value
-    if given["run_dir"] is None:
+    given = DEFAULTS | cli.read(argv, DEFAULTS)
+    if not given["run_dir"]:
         raise UserError("Say which run to export: run_dir=DIR")
-    if given["merge"] not in ("true", "false"):
+    if str(given["merge"]).lower() not in ("true", "false"):
         raise UserError(f"merge={given['merge']}: give true or false")
     return {
         "run_dir": Path(given["run_dir"]),
-        "which": given["checkpoint"],
-        "merge": given["merge"] == "true",
+        "which": str(given["checkpoint"]),
+        "merge": str(given["merge"]).lower() == "true",
         "output": given["output"] and Path(given["output"]),
         "model_path": given["model.path"],
     }

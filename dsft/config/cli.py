@@ -6,8 +6,9 @@ differently from how it is written is put in quotes first.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from dsft.config.schema import is_text, is_text_list, is_text_or_null, knobs
+from dsft.errors import UserError
 
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _ESCAPED = re.compile(r"\\([,=: ])")
@@ -60,6 +62,30 @@ def names(arguments: Iterable[str]) -> frozenset[str]:
     """The settings that arguments in Hydra's grammar give, and the groups that they choose."""
     overrides = _parser().parse_overrides(list(arguments))
     return frozenset(name for o in overrides if not o.is_delete() for name in _leaves(o.key_or_group, o.value()))
+
+
+def read(arguments: Iterable[str], known: Collection[str]) -> dict[str, Any]:
+    """Values by name, of a command that composes no config; written as they are for one that does.
+
+    Args:
+        arguments: `key=value`, in Hydra's grammar.
+        known: Names that there are.
+
+    Raises:
+        UserError: An argument is no `key=value`, one of Hydra's others (`+key=`, `~key`, a sweep), or of no known name.
+    """
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        try:
+            (override,) = _parser().parse_overrides(quote_text([argument]))
+        except HydraException:
+            override = None
+        plain = override and not (override.is_add() or override.is_delete() or override.is_sweep_override())
+        if override is None or not plain or override.key_or_group not in known:
+            near = difflib.get_close_matches(argument.partition("=")[0].lstrip("-+~"), known, n=1, cutoff=0.0)
+            raise UserError(f"{argument!r} is no key=value of {', '.join(known)}. Nearest: {near[0]}=...")
+        found[override.key_or_group] = override.value()
+    return found
 
 
 def quoted(name: str, value: str) -> str:

@@ -476,6 +476,8 @@ def test_tied_weights_may_come_under_either_name():
         (["run_dir=R", "chekpoint=best"], r"'chekpoint=best' is no key=value of .* Nearest: checkpoint="),
         (["run_dir=R", "--merge"], r"Nearest: merge="),
         (["run_dir=R", "merge=yes"], "merge=yes: give true or false"),
+        (["run_dir=R", "checkpoint=1,2"], r"'checkpoint=1,2' is no key=value"),
+        (["+run_dir=R"], "Nearest: run_dir="),
         (["checkpoint=best"], "Say which run to export: run_dir=DIR"),
     ],
 )
@@ -492,3 +494,6 @@ def test_the_command_line_names_what_is_wrong(arguments, message):
         "output": None,
         "model_path": None,
     }
+    read = launch.parse(["run_dir='runs/月 (1)'", "checkpoint=20", "output=007"])
+    assert (read["run_dir"], read["which"], read["output"]) == (Path("runs/月 (1)"), "20", Path("007"))
+    assert launch.parse(["run_dir=R", "output=null"])["output"] is None
