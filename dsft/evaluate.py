@@ -51,7 +51,10 @@ class Evaluator:
         self._world = world
         self._metrics = metrics
         task, context = collator.task, collator.context
-        views = np.array([task.views(dataset[number], number, context) for number in range(len(dataset))])
+        numbers = range(len(dataset))
+        views = np.ones(len(dataset), dtype=np.int64)
+        if task.views is not None:
+            views[:] = [task.views(dataset[number], number, context) for number in numbers]
         # each document is an example and the number of one of its views
         self._examples = np.repeat(np.arange(len(dataset)), views)
         self._views = np.concatenate([np.arange(count) for count in views])

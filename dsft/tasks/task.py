@@ -74,10 +74,6 @@ class Sampling:
     stop_tokens: list[int]
 
 
-def _one_view(example: Example, number: int, context: Context) -> int:
-    return 1
-
-
 @dataclass(frozen=True)
 class Task:
     """A kind of fine-tuning. All of its functions are plain: what they return depends on their arguments alone.
@@ -96,7 +92,7 @@ class Task:
         metrics: Name without prefix -> metric of an evaluation, formed from the sums `loss`, `weight` and its own.
         target: What the examples' weights count, as metrics name it: `supervised_tokens`, `labels`.
         settings: Those settings that not all tasks read, and this one does.
-        views: (example, its number, context) -> how many documents an evaluation makes of it.
+        views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
     """
@@ -109,7 +105,7 @@ class Task:
     metrics: Mapping[str, Metric]
     target: str
     settings: frozenset[str] = frozenset()
-    views: Callable[[Example, int, Context], int] = _one_view
+    views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 
 
