@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 
@@ -15,6 +14,7 @@ from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import SHAPES, Conversation
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
+from dsft.tasks.nll import perplexity
 from dsft.tasks.render import render, weighed
 from dsft.tasks.task import Context, Sampling, Sums, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
@@ -87,11 +87,6 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     answer = output[0, ids.shape[1] :].tolist()
     parts = {"prompt": prompt.tolist(), "reference": reference.tolist(), "answer": answer}
     return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
-
-
-def perplexity(loss: float, weight: float) -> float:
-    """exp of the mean; infinity beyond a float's range."""
-    return math.exp(loss / weight) if loss / weight < 700 else math.inf
 
 
 METRICS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from dsft.model.kind import MASKED
 from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
+from dsft.tasks.nll import perplexity
 from dsft.tasks.task import Context, Sampling, Sums, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
 
@@ -181,13 +181,6 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
         "reference": tokenizer.decode(example.ids[text]),
         "answer": tokenizer.decode(filled[text]),
     }
-
-
-def perplexity(loss: float, tokens: float) -> float | None:
-    """exp of the mean, infinity beyond a float's range; None of no tokens."""
-    if not tokens:
-        return None
-    return math.exp(loss / tokens) if loss / tokens < 700 else math.inf
 
 
 METRICS = {

@@ -6,6 +6,7 @@ they are taken in chunks: each chunk's logits live just long enough to give its 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -228,3 +229,10 @@ def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Ten
     if shares is None:
         return Nll(losses.sum(dtype=torch.float64), hits.sum().double(), losses.detach())
     return Nll((losses * shares).sum(dtype=torch.float64), (hits * shares).sum().double(), losses.detach())
+
+
+def perplexity(loss: float, tokens: float) -> float | None:
+    """exp of the mean, infinity beyond a float's range; None of no tokens."""
+    if not tokens:
+        return None
+    return math.exp(loss / tokens) if loss / tokens < 700 else math.inf
