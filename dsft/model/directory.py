@@ -112,7 +112,7 @@ def _of_another_kind(about: dict[str, Any], wanted: Kind) -> str | None:
     if what is None:
         return None
     name = f"{', '.join(names or [str(about.get('model_type'))])} ({about.get('model_type')})"
-    return f"{name} is {what}, not {wanted.noun}, which this task trains. Give one, such as {wanted.such_as}."
+    return f"{name} is {what}, not {wanted.noun}, as this task wants it. Give one, such as {wanted.such_as}."
 
 
 def _without_config(path: str, directory: Path) -> str:

@@ -53,7 +53,7 @@ class Kind:
         if self.encoder and about.get("is_decoder"):
             return "a decoder"
         if family in CONFIG_MAPPING_NAMES and family not in self.families:
-            return f"of an architecture of which transformers has no {self.noun.partition(' ')[2]}"
+            return "of an architecture without such a model in transformers"
         return None
 
 
