@@ -42,7 +42,7 @@ from dsft.model.stopping import Stopping, find_stopping
 from dsft.optim import parameter_groups
 from dsft.runtime.place import Place
 from dsft.runtime.world import World, computes_bf16, computes_fp16
-from dsft.tasks import TASKS, Task, isolation, render, settings_by_task
+from dsft.tasks import TASKS, Task, isolation, settings_by_task, template
 from dsft.tasks.collate import Collator
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context
@@ -199,7 +199,7 @@ def _model(config: Config, task: Task, precision: Precision, place: Place, new_t
     text_config = models.load_config(source).get_text_config()
     words, idle = _vocabulary(config, text_config, tokenizer, new_tokens)
     warn(place, idle)
-    stopping = find_stopping(source, tokenizer, render.turn_end(tokenizer))
+    stopping = find_stopping(source, tokenizer, template.turn_end(tokenizer))
     companions = export.companion_files(tokenizer, stopping.generation_config)
     if place.rank == 0 and config.train.export:
         destination = Path(config.run_dir).expanduser() / "model"
@@ -243,6 +243,9 @@ def _data(
         "chat_template": context.tokenizer.chat_template,
         "max_length": config.data.max_length,
         "train_on": config.data.train_on.value,
+        "on_rewritten_history": config.data.on_rewritten_history.value,
+        "reasoning": config.data.reasoning.value,
+        "ignore_fields": sorted(config.data.ignore_fields),
         "on_overflow": config.data.on_overflow.value,
         "code": [_tasks_version(), transformers.__version__, tokenizers.__version__],
     }
@@ -394,7 +397,7 @@ def probe(made: Plan) -> Batch:
     searched = range(min(len(data), PROBE_SEARCH)) if words.pieces else ()
     number = next((n for n in searched if (data[n].ids >= words.first).any()), 0)
     example = data[number]
-    supervised = example.columns.get("supervised", example.ids >= 0)
+    supervised = example.columns.get("weights", example.ids >= 0) > 0
     new = example.ids >= words.first
     begin = max(0, int((new if words.pieces and new.any() else supervised).argmax()) - tokens // 4)
     ids = torch.from_numpy(example.ids[begin : begin + tokens].astype("int64"))[None]
@@ -430,7 +433,7 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
 def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     """The training data's key, and what may be blamed where it differs."""
     settings = ("source train validation validation_share split packages max_records max_length train_on "
-                "on_bad_record on_overflow").split()  # fmt: skip
+                "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow").split()  # fmt: skip
     task = {f"task.{name}": _plain(value) for name, value in vars(config.task).items() if name != "name"}
     return {
         "key": made.train_set.key,

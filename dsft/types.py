@@ -7,7 +7,8 @@ without importing each other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,15 @@ class Record:
 
     Attributes:
         origin: Where it came from, for messages to people: `file:line`, or `pydoc:textwrap.dedent`.
+        weight: What it counts in loss, gradient and evaluation; 0 or more, finite.
+        metadata: Those of its fields that say nothing to the task.
+        notes: What the audit counts records by, such as a field that was set aside.
     """
 
     origin: str = ""
+    weight: float = 1.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
 
     def texts(self) -> dict[str, str]:
         """Its texts that people wrote, by a name for each that stays the same."""
@@ -98,6 +105,7 @@ class Batch:
         numbers: Which example of the data set each document is.
         step: Epoch, and number of the optimizer step in it, that the batch belongs to.
         padded: Whether its layout is the padded one.
+        even: Whether every target counts 1, so that losses need not be multiplied.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -107,6 +115,7 @@ class Batch:
     numbers: list[int]
     step: tuple[int, int] = (0, 0)
     padded: bool = False
+    even: bool = False
 
     @property
     def tokens(self) -> int:

@@ -282,7 +282,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def example(ids: np.ndarray, supervised: np.ndarray, **more) -> Example:
     """An example of these ids, whose weight is its supervised tokens."""
-    return Example({"ids": ids, "supervised": supervised}, len(ids), float(supervised.sum()), **more)
+    return Example({"ids": ids, "weights": supervised.astype(np.float32)}, len(ids), float(supervised.sum()), **more)
 
 
 def examples(count: int, seed: int = 0, shortest: int = 4, longest: int = 40, vocabulary: int = 400) -> list[Example]:

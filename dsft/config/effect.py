@@ -215,11 +215,12 @@ def by_length(config: Config, length: Length, given: Collection[str] | None) -> 
     elif length.held_out and train.eval_every:
         yield from _too_few_evaluations(config, (steps - 1) // train.eval_every, run)
     if length.all_supervised and config.data.train_on is not TrainOn.all:
-        yield Idle(
-            "data.train_on",
-            f"{shown(config, 'data.train_on')} does nothing with these records: every token of them is learnt, as of "
-            "plain texts (field `text`). Give chats, or leave data.train_on out.",
-        )
+        for name in ("data.train_on", "data.on_rewritten_history", "data.reasoning"):
+            yield Idle(
+                name,
+                f"{shown(config, name)} does nothing with these records: every token of them is learnt, as of plain "
+                f"texts (field `text`). Give chats, or leave {name} out.",
+            )
     if _warms_up_beyond(config, steps) and not _warms_up_beyond(config, train.max_steps):
         yield _long_warmup(config, run)
     yield from _no_decay(config, length, run)

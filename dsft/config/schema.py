@@ -31,7 +31,20 @@ class Packing(Enum):
 class TrainOn(Enum):
     assistant = "assistant"
     last_assistant = "last_assistant"
+    weights = "weights"
     all = "all"
+
+
+class OnRewrittenHistory(Enum):
+    split = "split"
+    last = "last"
+    error = "error"
+
+
+class Reasoning(Enum):
+    learn = "learn"
+    mask = "mask"
+    strip = "strip"
 
 
 class OnBadRecord(Enum):
@@ -40,6 +53,7 @@ class OnBadRecord(Enum):
 
 
 class OnOverflow(Enum):
+    auto = "auto"
     truncate = "truncate"
     split = "split"
     drop = "drop"
@@ -211,12 +225,23 @@ class DataConfig:
     )
     """Shuffled examples that are packed, or sorted by length, together; larger packs tighter and pads less."""
     train_on: TrainOn = setting(TrainOn.assistant, of_some_tasks=True)
-    """Which tokens are supervised: every assistant turn, the last one, or all tokens."""
+    """Which tokens are supervised: every assistant turn, the last one, all assistant turns and any message that carries
+    a weight, or all tokens. A message's `weight` (0, 1 or a fraction) is what its tokens count, as is a record's."""
+    on_rewritten_history: OnRewrittenHistory = setting(OnRewrittenHistory.split, of_some_tasks=True)
+    """What happens to a conversation of which the chat template writes earlier turns in another way than the model saw
+    them when it wrote them, as by leaving their reasoning out: `split` makes an example of each different beginning,
+    `last` learns only the turns that stand as they were written, `error` makes it a malformed record."""
+    reasoning: Reasoning = setting(Reasoning.learn, of_some_tasks=True)
+    """What happens to reasoning, in fields of its own and between think tags: it is learnt, read but not learnt, or
+    taken out."""
+    ignore_fields: list[str] = setting([])
+    """Names of fields, of a record or of its messages, that are treated as if they were not there."""
     on_bad_record: OnBadRecord = OnBadRecord.error
     """Stop at a malformed record, or count it, list it in the audit and go on."""
-    on_overflow: OnOverflow = OnOverflow.truncate
-    """What happens to an example longer than `max_length`: cut its end, split it into several examples, drop it, or
-    stop."""
+    on_overflow: OnOverflow = OnOverflow.auto
+    """What happens to an example longer than `max_length`: cut its end, split it into several examples (a chat between
+    turns, where it can be), drop it, or stop; `auto` splits plain text, whose tokens are each learnt once, and cuts the
+    end of a chat."""
     cache_dir: str = "~/.cache/dsft"
     """Where tokenised data and converted models are kept, keyed by content."""
     num_workers: int | None = setting(None, range=AT_LEAST_1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 BAD = "malformed (data.on_bad_record=skip)"
 
-SUPERVISED = "supervised"
-"""Name of the column, bool, shape (tokens,), by which a task says which tokens are learnt, if it does."""
+WEIGHTS = "weights"
+"""Name of the column, float32, shape (tokens,), by which a task says what each token counts, 0 if it is not learnt."""
 
 MAX_LISTED = 100
-"""Bad records that are listed; all are counted."""
+"""Bad records, and notes, that are listed; all are counted."""
 
 PERCENTILES = {"min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 
@@ -33,8 +34,9 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
 
     Args:
         source: What was read.
-        report: `read` (records), `dropped` (reason -> records), `parts_dropped` (reason -> parts of kept records) and
-            `bad` (origin and problem of the first malformed records).
+        report: `read` (records), `dropped` (reason -> records), `parts_dropped` (reason -> parts of kept records),
+            `notes` (what is to be said of records -> records read) and `bad` (origin and problem of the first malformed
+            records).
         dataset: The split.
         held_out: Records that were kept, but for the other split.
     """
@@ -49,11 +51,20 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
         "records_truncated": int(begins(dataset.records[dataset.truncated]).sum()),
         "examples": len(dataset),
         "parts_dropped": report["parts_dropped"],
+        "notes": report["notes"],
         "bad_records": [{"origin": origin, "problem": problem} for origin, problem in report["bad"]],
         "tokens": int(dataset.lengths.sum()),
         **_supervision(dataset),
         "lengths": {name: int(length) for name, length in zip(PERCENTILES, lengths, strict=True)},
     }
+
+
+def notes(counts: Counter[str]) -> dict[str, int]:
+    """The notes as they are kept: by name, and the rarest together where they are very many."""
+    kept = counts.most_common(MAX_LISTED)
+    others = counts - Counter(dict(kept))
+    rest = {f"{len(others)} further kinds of note": others.total()} if others else {}
+    return dict(sorted(kept)) | rest
 
 
 def count_records(dataset: TokenDataset | None) -> int:
@@ -70,10 +81,12 @@ def begins(records: np.ndarray) -> np.ndarray:
 
 def _supervision(dataset: TokenDataset) -> dict[str, Any]:
     """How many tokens are learnt, where a task says it of each."""
-    if SUPERVISED not in dataset.entry.columns:
+    if WEIGHTS not in dataset.entry.columns:
         return {}
-    supervised = int(dataset.weights.sum())
-    return {"supervised_tokens": supervised, "supervised_share": supervised / int(dataset.lengths.sum())}
+    supervised = sum(int(np.count_nonzero(dataset[number].columns[WEIGHTS])) for number in range(len(dataset)))
+    total = float(dataset.weights.sum())
+    weight = {} if total == supervised else {"supervised_weight": total}
+    return {"supervised_tokens": supervised, "supervised_share": supervised / int(dataset.lengths.sum())} | weight
 
 
 def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool | None]]:
@@ -82,10 +95,10 @@ def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
     Tokens are decoded together, so that a character that several tokens share comes out whole. Without a column that
     says which tokens are supervised it is one text, and None.
     """
-    if SUPERVISED not in example.columns:
+    if WEIGHTS not in example.columns:
         return [(tokenizer.decode(example.ids.tolist(), clean_up_tokenization_spaces=False), None)]
     spans, end, shown = [], 0, ""
-    for supervised, run in groupby(example.columns[SUPERVISED].tolist()):
+    for supervised, run in groupby((example.columns[WEIGHTS] > 0).tolist()):
         end += len(list(run))
         text = tokenizer.decode(example.ids[:end].tolist(), clean_up_tokenization_spaces=False)
         spans.append((text[len(shown) :], supervised))
@@ -122,6 +135,8 @@ def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     dropped = {f"dropped: {r}": [f"{split['records_dropped'].get(r, 0):,}" for split in splits] for r in reasons}
     parts = sorted({reason for split in splits for reason in split["parts_dropped"]})
     dropped |= {f"left out: {r}": [f"{split['parts_dropped'].get(r, 0):,}" for split in splits] for r in parts}
+    noted = sorted({note for split in splits for note in split["notes"]})
+    dropped |= {note: [f"{split['notes'].get(note, 0):,}" for split in splits] for note in noted}
     several = any(split["examples"] != split["records_kept"] for split in splits)
     counts = {
         label: [f"{split[key]:,}" for split in splits]

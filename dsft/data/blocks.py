@@ -48,6 +48,7 @@ class Block:
         parts_dropped: Reason -> parts of records that made other examples.
         verdicts: What to say where every record was dropped.
         bad: Malformed records.
+        notes: What is to be said of records -> how many it holds for.
         origin: Where the first record with an example came from.
     """
 
@@ -61,6 +62,7 @@ class Block:
     parts_dropped: Counter[str] = field(default_factory=Counter)
     verdicts: set[str] = field(default_factory=set)
     bad: list[BadRecord] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
     origin: str = ""
 
 
@@ -149,16 +151,15 @@ def _encoded(encode: Encode, stop_at_bad: bool, records: list[Raw | BadRecord]) 
     block = Block()
     examples: list[tuple[int, str, Example]] = []
     for record in records:
-        try:
-            outcome = record if isinstance(record, BadRecord) else encode(record)
-        except BadRecord as bad:
-            outcome = bad
         number, block.read = block.read, block.read + 1
+        outcome = record if isinstance(record, BadRecord) else _made(encode, record)
         if isinstance(outcome, BadRecord):
             block.bad.append(outcome)
             if stop_at_bad:
                 break
             continue
+        assert isinstance(record, Raw), "a bad record's outcome is itself"
+        block.notes.update(record.notes)
         parts = [outcome] if isinstance(outcome, Dropped) else outcome
         made = [(number, record.origin, part) for part in parts if isinstance(part, Example)]
         dropped = [part for part in parts if isinstance(part, Dropped)]
@@ -167,6 +168,14 @@ def _encoded(encode: Encode, stop_at_bad: bool, records: list[Raw | BadRecord]) 
     if examples:
         _lay_out(block, examples)
     return block
+
+
+def _made(encode: Encode, record: Raw) -> list[Example | Dropped] | Dropped | BadRecord:
+    """What becomes of a record; if it is malformed, what is wrong."""
+    try:
+        return encode(record)
+    except BadRecord as bad:
+        return bad
 
 
 def _count(block: Block, made: int, dropped: list[Dropped]) -> None:

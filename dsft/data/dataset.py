@@ -117,7 +117,7 @@ def prepare(
         parts["validation"] = audit.part(data.validation, entry.report, validation, 0)
     else:
         validation = held_out
-        unread = {"read": audit.count_records(held_out), "dropped": {}, "parts_dropped": {}, "bad": []}
+        unread = {"read": audit.count_records(held_out), "dropped": {}, "parts_dropped": {}, "notes": {}, "bad": []}
         parts["validation"] = audit.part(f"held out of {found.name}", unread, held_out, 0) if held_out else None
     return train, validation, parts
 
@@ -179,6 +179,7 @@ def _fill(
     """Write all examples, and say what became of the records."""
     dropped: Counter[str] = Counter()
     parts: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     verdicts: set[str] = set()
     bad: list[list[str]] = []
     read = examples = 0
@@ -190,9 +191,15 @@ def _fill(
         read, examples = read + block.read, examples + len(block.tokens)
         dropped += block.dropped + Counter({audit.BAD: len(block.bad)})
         parts += block.parts_dropped
+        notes += block.notes
         verdicts |= block.verdicts
         bad += [[one.origin, one.problem] for one in block.bad[: audit.MAX_LISTED - len(bad)]]
-    counts = {"read": read, "dropped": dict(sorted(dropped.items())), "parts_dropped": dict(sorted(parts.items()))}
+    counts = {
+        "read": read,
+        "dropped": dict(sorted(dropped.items())),
+        "parts_dropped": dict(sorted(parts.items())),
+        "notes": audit.notes(notes),
+    }
     if not examples:
         raise UserError(_nothing_left(found.name, counts, bad, verdicts))
     return {**counts, "bad": bad}

@@ -12,7 +12,7 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -38,10 +38,12 @@ class Raw:
     Attributes:
         fields: Column or key -> value.
         origin: `file:line`; for Parquet and hub ids the row, counted from 1.
+        notes: What the audit counts records by, filled in by whoever works on it.
     """
 
     fields: Fields
     origin: str
+    notes: set[str] = field(default_factory=set)
 
 
 class BadRecord(UserError):

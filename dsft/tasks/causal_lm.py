@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from dsft.config.schema import DataConfig, OnOverflow
 from dsft.metrics import Metric
 from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import SHAPES, Conversation
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
 from dsft.tasks.nll import perplexity
-from dsft.tasks.render import render, weighed
+from dsft.tasks.render import Rendering, render
 from dsft.tasks.task import Context, Sampling, Sums, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
 
@@ -24,39 +25,70 @@ CUT_OFF = "no supervised tokens left after truncation to data.max_length"
 MASKED = (
     "every label is masked; no token of {records} records would be learnt ({why}). Likely causes: prompts longer than "
     "data.max_length, so that truncation cuts the answers off; a chat template whose {{% generation %}} marks enclose "
-    "nothing; data.train_on not fitting the records"
+    "nothing; data.train_on not fitting the records; weights that are all 0"
 )
 
 
 def encode(conversation: Conversation, context: Context) -> list[Example | Dropped] | Dropped:
-    """Token ids and which of them are supervised, in at most `data.max_length` tokens."""
-    data = context.data
-    example = render(conversation, context.tokenizer, data.train_on)
-    if not example.weight:
-        return Dropped(UNSUPERVISED, MASKED)
-    parts = fit(example.columns, weighed, data.max_length, data.on_overflow, conversation.origin)
-    if isinstance(parts, Dropped) or len(parts) > 1 or (isinstance(parts[0], Example) and parts[0].weight):
-        return parts
-    return Dropped(CUT_OFF, MASKED)
+    """Token ids and what each of them counts, in examples of at most `data.max_length` tokens."""
+    made: list[Example | Dropped] = []
+    unfit = Dropped(UNSUPERVISED, MASKED)
+    for rendering in render(conversation, context.tokenizer, context.data):
+        if not weighed(rendering.columns).weight:
+            continue
+        parts = _fitted(rendering, conversation, context.data)
+        if isinstance(parts, Dropped):
+            unfit = parts
+        elif len(parts) == 1 and isinstance(parts[0], Example) and not parts[0].weight:
+            unfit = Dropped(CUT_OFF, MASKED)
+        else:
+            made += parts
+    return made or unfit
+
+
+def _fitted(rendering: Rendering, conversation: Conversation, data: DataConfig) -> list[Example | Dropped] | Dropped:
+    overflow = data.on_overflow
+    if overflow is OnOverflow.auto:
+        overflow = OnOverflow.truncate if conversation.text is None else OnOverflow.split
+    return fit(
+        rendering.columns,
+        weighed,
+        data.max_length,
+        overflow,
+        conversation.origin,
+        cuts=rendering.cuts.tolist(),
+        needs_before=rendering.columns["weights"] > 0,
+    )
+
+
+def weighed(columns: dict[str, np.ndarray]) -> Example:
+    """The example of `ids` and `weights`, whose own weight is their sum.
+
+    The first token counts nothing, as nothing comes before it to predict it from.
+    """
+    weights = columns["weights"].copy()
+    weights[:1] = 0
+    return Example(columns | {"weights": weights}, len(weights), weight=float(weights.sum(dtype=np.float64)))
 
 
 def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarray]:
-    """Ids, and as label of each token the next one where that is supervised."""
-    ids = example.ids.astype(np.int64)
+    """Ids, and as label of each token the next one where that counts, with what it counts."""
+    ids, weights = example.ids.astype(np.int64), np.zeros(len(example.ids), np.float32)
+    weights[:-1] = example.columns["weights"][1:]
     labels = np.full_like(ids, IGNORE_INDEX)
-    labels[:-1] = np.where(example.columns["supervised"][1:], ids[1:], IGNORE_INDEX)
-    return {"input_ids": ids, "labels": labels}
+    labels[:-1] = np.where(weights[:-1] > 0, ids[1:], IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "target_weights": weights}
 
 
 def loss(forward: Forward, batch: Batch) -> tuple[torch.Tensor, Sums]:
-    """Summed negative log-likelihood of the supervised tokens, in nats, and how many are the first guess."""
+    """Summed negative log-likelihood of the supervised tokens, in nats, and first guesses, each times its weight."""
     nll = forward.nll(batch)
     return nll.total, {"correct": nll.correct}
 
 
 def split_prompt(example: Example) -> tuple[np.ndarray, np.ndarray]:
     """Token ids before the first supervised token, and those of its run; plain text is split in the middle."""
-    supervised = example.columns["supervised"]
+    supervised = example.columns["weights"] > 0
     begin = int(supervised.argmax())
     if begin <= 1:
         begin = max(1, len(example.ids) // 2)
@@ -111,7 +143,8 @@ TASK = Task(
     metrics=METRICS,
     target="supervised_tokens",
     settings=frozenset(
-        {"data.train_on", "model.chat_template", "model.logits_chunk", "train.samples", "train.sample_tokens"}
+        "data.train_on data.on_rewritten_history data.reasoning model.chat_template model.logits_chunk train.samples "
+        "train.sample_tokens".split()
     ),
     sample=sample,
 )

@@ -55,6 +55,7 @@ class Collator:
         width = max(lengths) if self.padded else None
         tensors: dict[str, Any] = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
         weight = float(sum(example.weight for example in counted))
+        even = bool((tensors.get(f"{TARGET}weights", np.ones(1)) == 1).all())
         tensors["weight"] = np.float64(weight)
         tensors["lengths"] = np.array(lengths)
         tensors["noise"] = token_keys(self.context.seed, step, lengths, numbers, width)
@@ -66,6 +67,7 @@ class Collator:
             numbers=numbers,
             step=step,
             padded=self.padded,
+            even=even,
         )
 
     def _laid_out(self, arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, Any]:

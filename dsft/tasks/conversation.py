@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from dsft.data.sources import Fields
+from dsft.tasks import calls, media, reasoning, weights
+from dsft.tasks.calls import Message
 from dsft.tasks.task import text_of
 from dsft.types import Record
-
-Message = dict[str, Any]
 
 ROLES = {
     "system": "system",
@@ -33,55 +32,91 @@ ROLES = {
 CALL = "function_call"
 """ShareGPT's role for an assistant's turn that is nothing but a tool call, written as JSON."""
 
+KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "weight"}
+"""What a message is made of here; whatever else it has is handed to the chat template, and noted."""
+
 
 @dataclass(kw_only=True)
 class Conversation(Record):
     """A chat, or a plain text.
 
     Attributes:
-        messages: Chat turns, each `{"role": ..., "content": ..., ...}`; empty for plain text.
+        messages: Chat turns, each `{"role": ..., "content": ..., ...}`, where content may be None beside `tool_calls`,
+            and reasoning stands in `reasoning_content`; empty for plain text.
         text: Plain text to be learnt as a whole, with no chat template; None for a chat.
         tools: Tool definitions handed to the chat template, or None.
+        weights: Weight that each message carries, or None; as many as messages, or empty if none carries any.
+        context: How many messages at the beginning are only read: those of a `prompt`.
     """
 
     messages: list[Message] = field(default_factory=list)
     text: str | None = None
     tools: list[dict[str, Any]] | None = None
+    weights: list[float | None] = field(default_factory=list)
+    context: int = 0
 
     def texts(self) -> dict[str, str]:
         if self.text is not None:
             return {"text": self.text}
-        return {f"messages[{number}].content": turn["content"] for number, turn in enumerate(self.messages)}
+        return {f"messages[{n}].content": turn["content"] for n, turn in enumerate(self.messages) if turn["content"]}
 
     def with_texts(self, texts: Mapping[str, str]) -> Conversation:
-        turns = [turn | {"content": texts[f"messages[{n}].content"]} for n, turn in enumerate(self.messages)]
+        turns = [turn | {"content": texts.get(f"messages[{n}].content", turn["content"])}
+                 for n, turn in enumerate(self.messages)]  # fmt: skip
         return replace(self, messages=turns, text=self.text if self.text is None else texts["text"])
+
+    def weight_of(self, turn: int) -> float | None:
+        """The weight that a message carries."""
+        return self.weights[turn] if self.weights else None
 
 
 def plain_text(fields: Fields, origin: str) -> Conversation:
     """A plain text, to be learnt as a whole."""
-    return Conversation(text=text_of(fields["text"], "text", empty=False), origin=origin)
+    media.refuse_fields(fields)
+    text = text_of(fields["text"], "text", empty=False)
+    return Conversation(text=text, weight=weights.of_record(fields), origin=origin)
 
 
-def _chat(name: str, messages_of: Callable[[Fields], list[Message]]) -> Callable[[Fields, str], Conversation]:
+def _chat(
+    name: str, messages_of: Callable[[Fields], list[Message]], context_of: Callable[[Fields], int] | None = None
+) -> Callable[[Fields, str], Conversation]:
     """What makes a conversation of a row, from what makes its messages."""
-    return partial(_conversation, messages_of, name)
+    return partial(_conversation, messages_of, context_of, name)
 
 
 def _conversation(
-    messages_of: Callable[[Fields], list[Message]], name: str, fields: Fields, origin: str
+    messages_of: Callable[[Fields], list[Message]],
+    context_of: Callable[[Fields], int] | None,
+    name: str,
+    fields: Fields,
+    origin: str,
 ) -> Conversation:
-    """The conversation that a row holds; its fields `tools` and `system` count for every shape.
+    """The conversation that a row holds; its fields `tools`, `functions`, `system` and its weight count in every shape.
 
     Raises:
         ValueError: A field is missing, empty, of the wrong type or holds an unknown role; or the turns cannot be
             trained on. The message names the field.
     """
+    media.refuse_fields(fields)
     messages = messages_of(fields)
-    if fields.get("system") and messages and messages[0]["role"] != "system":
+    context = context_of(fields) if context_of else 0
+    if fields.get("system"):
+        if any(message["role"] in ("system", "developer") for message in messages):
+            raise ValueError(f"field `system` stands beside a system turn in `{name}`: leave one of them out")
         messages.insert(0, {"role": "system", "content": text_of(fields["system"], "system")})
+        context += bool(context)
     _check_turns(messages, name)
-    return Conversation(messages=messages, tools=_tools(fields.get("tools")), origin=origin)
+    carried = [message.pop("weight", None) for message in messages]
+    extra = {key for message in messages for key in message if key not in KNOWN}
+    return Conversation(
+        messages=calls.paired(messages, name),
+        tools=_tools(fields, messages),
+        weight=weights.of_record(fields),
+        weights=carried if any(weight is not None for weight in carried) else [],
+        context=context,
+        notes={f"field `{key}` of messages handed to the chat template" for key in extra},
+        origin=origin,
+    )
 
 
 def _messages(name: str) -> Callable[[Fields], list[Message]]:
@@ -96,15 +131,23 @@ def _prompt_completion(fields: Fields) -> list[Message]:
     return _side(fields["prompt"], "prompt", "user") + _side(fields["completion"], "completion", "assistant")
 
 
+def _prompt_turns(fields: Fields) -> int:
+    return len(_side(fields["prompt"], "prompt", "user"))
+
+
 def _side(value: Any, field: str, role: str) -> list[Message]:
     if isinstance(value, str):
+        media.refuse_placeholders(value, field)
         return [{"role": role, "content": text_of(value, field, empty=False)}]
     return _turns(value, field)
 
 
 def _instruction(fields: Fields) -> list[Message]:
     messages: list[Message] = []
-    for number, pair in enumerate(fields.get("history") or []):
+    history = fields.get("history") or []
+    if not isinstance(history, list | tuple):
+        raise ValueError(f"field `history` is a list of [question, answer] pairs, but this is {type(history).__name__}")
+    for number, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"field `history[{number}]` is not a [question, answer] pair")
         question, answer = (text_of(side, f"history[{number}]") for side in pair)
@@ -112,12 +155,14 @@ def _instruction(fields: Fields) -> list[Message]:
     parts = [text_of(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
     messages.append({"role": "user", "content": text_of("\n\n".join(parts), "instruction", empty=False)})
     messages.append({"role": "assistant", "content": text_of(fields["output"], "output", empty=False)})
+    for message in messages:
+        media.refuse_placeholders(message["content"], "instruction+output")
     return messages
 
 
 def _turns(value: Any, field: str) -> list[Message]:
     """Messages as role/content or from/value, or a JSON string of these, as CSV holds them."""
-    turns = _from_json(value, field)
+    turns = calls.from_json(value, field)
     if not isinstance(turns, list):
         raise ValueError(f"field `{field}` is a list of messages, but this is {type(turns).__name__}")
     return [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
@@ -130,64 +175,61 @@ def _turn(turn: Any, field: str) -> Message:
     role = turn.get(role_key)
     if role is None:
         raise ValueError(f"field `{field}.role` is missing")
+    others = {key: item for key, item in turn.items() if key not in (role_key, content_key) and item is not None}
+    media.refuse_fields(others, f"{field}.")
+    weight = weights.of_message(others, field)
+    carried = {} if weight is None else {"weight": weight}
+    content = turn.get(content_key)
     if role == CALL:
-        calls = _from_json(turn.get(content_key), f"{field}.{content_key}")
-        return _calling({"role": "assistant", "content": "", "tool_calls": calls}, field)
+        others, role, content = others | {"tool_calls": content}, "assistant", None
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ValueError(
             f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join([*ROLES, CALL])}"
         )
-    content = turn.get(content_key)
-    if content is None and not turn.get("tool_calls"):
+    content, thought = _content(content, f"{field}.{content_key}")
+    role = ROLES[role.lower()]
+    thought = thought or reasoning.take(others, field)
+    if thought and role != "assistant":
+        raise ValueError(f"field `{field}` carries reasoning, and only an assistant's turn has any")
+    message = calls.calling({"role": role, "content": content, **others, **carried}, field)
+    if "tool_calls" in message and role != "assistant":
+        raise ValueError(f"field `{field}.tool_calls`: only an assistant's turn has any")
+    if content is None and not message.get("tool_calls"):
         raise ValueError(f"field `{field}.{content_key}` is missing")
-    others = {key: item for key, item in turn.items() if key not in (role_key, content_key) and item is not None}
-    content = "" if content is None else _content(content, f"{field}.{content_key}")
-    return _calling({"role": ROLES[role.lower()], "content": content, **others}, field)
+    return message | ({"reasoning_content": thought} if thought else {})
 
 
-def _calling(message: Message, field: str) -> Message:
-    """The message with its tool calls as templates expect them: wrapped in `function`, arguments as an object.
-
-    OpenAI's interface writes arguments as a JSON string, which a template would quote once more.
-    """
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    made = []
-    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
-            raise ValueError(f"field `{field}.tool_calls[{number}]` is not an object with a function's name")
-        place = f"{field}.tool_calls[{number}].arguments"
-        function = {**function, "arguments": _from_json(function.get("arguments", {}), place)}
-        made.append({"type": "function", **(call if "function" in call else {}), "function": function})
-    return {**message, "tool_calls": made}
-
-
-def _content(value: Any, field: str) -> str:
-    """Text, or a list of text parts laid end to end."""
+def _content(value: Any, field: str) -> tuple[str | None, str | None]:
+    """Text, or text parts laid end to end; and the reasoning that stands in parts of its own."""
+    if value is None:
+        return None, None
     if not isinstance(value, list):
-        return text_of(value, field)
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(f"field `{field}` holds a part that is not text")
-    return "".join(text_of(part.get("text"), field) for part in value)
+        text = text_of(value, field)
+        media.refuse_placeholders(text, field)
+        return text, None
+    text, thought = "", ""
+    for number, part in enumerate(value):
+        place = f"{field}[{number}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("thinking", "reasoning"):
+            thought += text_of(part.get(kind, part.get("text")), place)
+        elif kind in media.TEXT_PARTS:
+            text += text_of(part.get("text"), place)
+        else:
+            raise ValueError(f"field `{place}` is a part that is not text: {kind or type(part).__name__}")
+    media.refuse_placeholders(text, field)
+    return text, thought or None
 
 
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    tools = _from_json(value, "tools") if value else None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("field `tools` is a list of objects")
-    return tools or None
-
-
-def _from_json(value: Any, field: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"field `{field}` is a string, but not JSON: {error}") from error
+def _tools(fields: Fields, messages: list[Message]) -> list[dict[str, Any]] | None:
+    """Tool definitions of a record, under their newer or older name, or with its system turn."""
+    found = {name: made for name in ("tools", "functions") if (made := calls.tools(fields.get(name), name))}
+    for number, message in enumerate(messages):
+        if message["role"] in ("system", "developer") and (made := calls.tools(message.pop("tools", None), "tools")):
+            found[f"messages[{number}].tools"] = made
+    if len(found) > 1:
+        raise ValueError(f"field `{min(found)}` stands beside `{max(found)}`: leave one of them out")
+    return next(iter(found.values()), None)
 
 
 def _check_turns(messages: list[Message], field: str) -> None:
@@ -205,7 +247,7 @@ def _check_turns(messages: list[Message], field: str) -> None:
 SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Conversation]] = {
     ("messages",): _chat("messages", _messages("messages")),
     ("conversations",): _chat("conversations", _messages("conversations")),
-    ("prompt", "completion"): _chat("prompt+completion", _prompt_completion),
+    ("prompt", "completion"): _chat("prompt+completion", _prompt_completion, _prompt_turns),
     ("instruction", "output"): _chat("instruction+output", _instruction),
     ("text",): plain_text,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,8 @@ def fit(
     on_overflow: OnOverflow,
     origin: str,
     frame: int = 0,
+    cuts: Sequence[int] = (),
+    needs_before: np.ndarray | None = None,
 ) -> list[Example | Dropped] | Dropped:
     """Examples of at most `max_length` tokens: one of all that was read, of its beginning, of all its parts, or none.
 
@@ -34,6 +36,9 @@ def fit(
         on_overflow: What to do with more.
         origin: Where the record came from, for messages.
         frame: Tokens that `make` puts around a part.
+        cuts: Tokens, rising, before which a record is rather cut than elsewhere.
+        needs_before: Whether each token is predicted from the one before it, which is then repeated where a part begins
+            with it; bool, shape (tokens,).
 
     Returns:
         The examples in order, with a Dropped for each part without weight of a split record.
@@ -53,11 +58,20 @@ def fit(
         )
     if on_overflow is OnOverflow.drop:
         return Dropped(TOO_LONG)
-
     if on_overflow is OnOverflow.truncate:
         return [replace(make(_part(columns, 0, room)), truncated=True)]
-    parts = (make(_part(columns, begin, room)) for begin in range(0, tokens, room))
+    parts = (make(_part(columns, begin, end - begin)) for begin, end in _parts(tokens, room, cuts, needs_before))
     return [made if made.weight else Dropped(EMPTY) for made in parts]
+
+
+def _parts(tokens: int, room: int, cuts: Sequence[int], needs_before: np.ndarray | None) -> Iterator[tuple[int, int]]:
+    """Where each part begins and ends."""
+    begin = 0
+    while tokens - begin > room:
+        end = max((cut for cut in cuts if begin + 1 < cut <= begin + room), default=begin + room)
+        yield begin, end
+        begin = end - 1 if needs_before is not None and needs_before[end] else end
+    yield begin, tokens
 
 
 def _part(columns: Columns, begin: int, tokens: int) -> Columns:

@@ -68,7 +68,8 @@ class Forward:
 
     def nll(self, batch: Batch) -> Nll:
         """Negative log-likelihood of the batch's targets, in chunks where the head allows it."""
-        targets, shares = batch.tensors["target_ids"], batch.tensors.get("target_weights")
+        targets = batch.tensors["target_ids"]
+        shares = None if batch.even else batch.tensors.get("target_weights")
         if self.head is None:
             return nll_of_logits(self.target_logits(batch), targets, shares)
         if self._bare:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from dsft.config.schema import OnOverflow
 from dsft.errors import UserError
 from dsft.metrics import Metric
 from dsft.model.kind import MASKED
@@ -30,6 +31,7 @@ WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
 NO_TEXT = "no tokens but special ones"
+NO_WEIGHT = "weight 0"
 
 
 def encode(record: Conversation, context: Context) -> list[Example | Dropped] | Dropped:
@@ -41,6 +43,8 @@ def encode(record: Conversation, context: Context) -> list[Example | Dropped] | 
     tokenizer, data, written = context.tokenizer, context.data, record.text or ""
     if tokenizer.mask_token_id is None:
         raise UserError("task=masked_lm needs a tokenizer with a mask token, and that of model.path has none.")
+    if not record.weight:
+        return Dropped(NO_WEIGHT)
     encoding = tokenizer(
         written, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False, verbose=False
     )
@@ -52,23 +56,29 @@ def encode(record: Conversation, context: Context) -> list[Example | Dropped] | 
     if context.task.whole_words:
         columns["words"] = _words(written, encoding["offset_mapping"][text])
     before, after = ids[: text.start], ids[text.stop :]
-    make = partial(_framed, before=before, after=after, share=context.task.mask_share)
-    parts = fit(columns, make, data.max_length, data.on_overflow, record.origin, frame=len(before) + len(after))
+    make = partial(_framed, before=before, after=after, share=context.task.mask_share, weight=record.weight)
+    overflow = OnOverflow.split if data.on_overflow is OnOverflow.auto else data.on_overflow
+    parts = fit(columns, make, data.max_length, overflow, record.origin, frame=len(before) + len(after))
     if isinstance(parts, Dropped) or len(parts) > 1 or (isinstance(parts[0], Example) and parts[0].weight):
         return parts
     return Dropped(NO_TEXT)
 
 
-def _framed(columns: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray, share: float) -> Example:
-    """A part of a text with the special tokens around it, and its weight: as many tokens as are predicted of it."""
+def _framed(
+    columns: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray, share: float, weight: float
+) -> Example:
+    """A part of a text with the special tokens around it; its weight is that of the record for each token predicted."""
     outside = {"ids": (before, after), "maskable": (before < 0, after < 0), "words": (before * 0 - 1, after * 0 - 1)}
     whole = {
         name: np.concatenate([outside[name][0], column, outside[name][1]]).astype(column.dtype)
         for name, column in columns.items()
     }
-    maskable = int(whole["maskable"].sum())
-    weight = float(max(1, round(share * maskable))) if maskable else 0.0
-    return Example(whole, tokens=len(whole["ids"]), weight=weight)
+    return Example(whole, tokens=len(whole["ids"]), weight=weight * _count(whole["maskable"], share))
+
+
+def _count(maskable: np.ndarray, share: float) -> int:
+    """How many tokens are predicted, of which of them can be."""
+    return max(1, round(share * int(maskable.sum()))) if maskable.any() else 0
 
 
 def _words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -117,7 +127,8 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
         labels[chosen], ids[chosen] = ids[chosen], context.tokenizer.mask_token_id
     else:
         random = np.random.default_rng([context.seed, view.epoch + 1, example.number])
-        chosen = _chosen(random, places, int(example.weight), example.columns.get("words"))
+        count = _count(example.columns["maskable"], context.task.mask_share)
+        chosen = _chosen(random, places, count, example.columns.get("words"))
         # whole words may be some tokens more or fewer than the example weighs
         weights[chosen] = example.weight / len(chosen)
         labels[chosen] = ids[chosen]

@@ -1,254 +1,270 @@
-"""A conversation becomes token ids and a mask of the tokens that are learnt.
+"""A conversation becomes token ids and the weight with which each of them is learnt.
 
-Everything is decided on characters of the one rendered text, which is then tokenised once. So the ids are those that
-the model sees at inference, and no piece is ever tokenised out of its context.
+Everything is decided on characters of a rendered text, which is then tokenised once. So the ids are those that the
+model sees at inference, and no piece is ever tokenised out of its context.
 """
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from dsft.config.schema import TrainOn
+from dsft.config.schema import DataConfig, OnRewrittenHistory, Reasoning, TrainOn
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
+from dsft.tasks import reasoning
 from dsft.tasks.conversation import Conversation
-from dsft.types import Example
+from dsft.tasks.manner import Manner, manner
+from dsft.tasks.template import Span, chat_template, specials, turn_end_text
+from dsft.tasks.turns import Mode, Passage, Writer, grouped, rewriting
 
-Span = tuple[int, int]  # characters, end exclusive
+Weighted = tuple[Span, float]
 
-CONTEXT = 40
-"""Characters shown on either side of the place where two renderings part."""
+SPLIT = "split, as the chat template rewrites history (data.on_rewritten_history=split)"
+ONLY_LAST = "with turns that are not learnt, as the chat template rewrites history (data.on_rewritten_history=last)"
+UNHEARD = "with a weight on a turn that is not learnt (data.train_on=weights learns it)"
+STRIPPED = "without their reasoning (data.reasoning=strip)"
+RENAMED = "with tool call ids rewritten as the chat template wants them"
 
 
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train_on: TrainOn) -> Example:
-    """Token ids of a conversation, untruncated, and which of them are supervised.
+@dataclass
+class Rendering:
+    """Tokens of one text.
+
+    Attributes:
+        columns: `ids`, int32, and `weights`, float32, 0 where a token is not learnt; shape (tokens,).
+        cuts: Tokens at which a turn of somebody begins behind one of the assistant, rising; int64.
+    """
+
+    columns: dict[str, np.ndarray]
+    cuts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendered text.
+
+    Attributes:
+        text: All of it.
+        spans: What is learnt, and how much it counts; a later one holds where two meet.
+        cuts: Characters where a turn of the assistant is over.
+    """
+
+    text: str
+    spans: list[Weighted]
+    cuts: list[int]
+
+
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> list[Rendering]:
+    """Tokens of a conversation, untruncated, and what each of them counts; several where history is rewritten.
 
     A chat is rendered by the tokenizer's chat template. `assistant` supervises what the assistant writes in each of
     its turns, the turn's end token included and the white space after that excluded; `last_assistant` only in the
-    last; `all` everything. A plain text is learnt as a whole, followed by the tokenizer's end-of-sequence token.
+    last; `weights` in each turn of anybody that carries a weight too; `all` everything. A plain text is learnt as a
+    whole, followed by the tokenizer's end-of-sequence token.
 
     Raises:
-        BadRecord: The template refuses the conversation.
-        UserError: There is no chat template, it is broken as such, or it has no `{% generation %}` marks and does not
-            write a conversation's beginning in the same way once the conversation goes on.
+        BadRecord: The template refuses the conversation, does not write one of its fields, or rewrites history though
+            that is not wanted.
+        UserError: There is no chat template, or it is broken as such.
     """
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, without offsets of its tokens; a model with a fast one is needed")
     if conversation.text is not None:
-        return _plain(conversation.text, tokenizer)
+        return [_plain(conversation, tokenizer)]
     if not tokenizer.chat_template:
         raise UserError(
             f"{conversation.origin}: the record is a chat, but the tokenizer has no chat template; give one with "
             "model.chat_template=FILE, take an instruction-tuned model, or give records with a `text` field"
         )
     try:
-        text, spans = _supervised_text(conversation, tokenizer, train_on)
-    except BadRecord:
-        _refuse_broken(_template(conversation, tokenizer), tokenizer)
-        raise
-    answer = str(conversation.messages[-1].get("content") or "").strip()
-    if answer and answer not in text:
-        _refuse_broken(_template(conversation, tokenizer), tokenizer)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return _example(encoding["input_ids"], _overlap(encoding["offset_mapping"], spans))
+        return [_tokens(text, tokenizer, conversation.weight) for text in _texts(conversation, tokenizer, data)]
+    except ValueError as problem:
+        chat_template(tokenizer, conversation.tools).refuse_broken()
+        raise BadRecord(conversation.origin, str(problem)) from problem
 
 
-def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Id of the token with which the chat template ends what an assistant writes.
-
-    It is the first added token after the answer. None where the template writes none, or where there is no template:
-    then the turn ends in words, or with the text, and no token says so.
-    """
-    if not tokenizer.chat_template:
-        return None
-    answer = "over the hill"
-    messages = [{"role": "user", "content": "where is the moon"}, {"role": "assistant", "content": answer}]
-    try:
-        text, _ = _rendered(Conversation(messages=messages), tokenizer, len(messages))
-    except BadRecord:
-        return None  # a template that wants more of a conversation; its records will tell
-    _, found, tail = text.rpartition(answer)
-    # some models add such a token without calling it special; those of white space are no ends
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    places = {token: tail.find(token) for token in {*_specials(tokenizer), *added}}
-    ahead = [(place, -len(token), token) for token, place in places.items() if found and place >= 0]
-    return tokenizer.convert_tokens_to_ids(min(ahead)[2]) if ahead else None
-
-
-def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> Example:
-    ids = list(tokenizer(text)["input_ids"])
+def _plain(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Rendering:
+    ids = list(tokenizer(conversation.text, verbose=False)["input_ids"])
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise BadRecord(
+            conversation.origin,
+            f"field `text` begins with {tokenizer.bos_token}, which the tokenizer writes too: remove it from the text",
+        )
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return _example(ids, np.ones(len(ids), dtype=bool))
+    weights = np.full(len(ids), conversation.weight, np.float32)
+    return Rendering({"ids": np.asarray(ids, np.int32), "weights": weights}, np.empty(0, np.int64))
 
 
-def weighed(columns: dict[str, np.ndarray]) -> Example:
-    """The example of `ids` and `supervised`, with its weight: as many tokens as are supervised.
-
-    The first is none of them, as nothing comes before it to predict it from.
-    """
-    columns["supervised"][:1] = False
-    return Example(columns, tokens=len(columns["ids"]), weight=float(columns["supervised"].sum()))
-
-
-def _example(ids: list[int], supervised: np.ndarray) -> Example:
-    return weighed({"ids": np.asarray(ids, dtype=np.int32), "supervised": supervised})
+def _tokens(text: Text, tokenizer: PreTrainedTokenizerFast, weight: float) -> Rendering:
+    encoding = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = _bounds(encoding["offset_mapping"])
+    weights = np.zeros(len(ends), np.float32)
+    for (begin, end), counts in text.spans:
+        weights[(starts < end) & (ends > begin)] = weight * counts
+    cuts = np.unique(np.searchsorted(starts, text.cuts))
+    return Rendering({"ids": np.asarray(encoding["input_ids"], np.int32), "weights": weights}, cuts)
 
 
-def _supervised_text(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, train_on: TrainOn
-) -> tuple[str, list[Span]]:
-    text, marks = _rendered(conversation, tokenizer, len(conversation.messages))
-    if train_on is TrainOn.all:
-        return text, [(0, len(text))]
-    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    last = turns[-1]
-    if train_on is TrainOn.last_assistant:
-        turns = [last]
-    if not _has_marks(_template(conversation, tokenizer)):
-        spans = [_turn_span(conversation, tokenizer, text, turn) for turn in turns]
-        return text, [_close(text, span, _specials(tokenizer), "") for span in spans]
-    end = _end_token(*_rendered(conversation, tokenizer, last + 1), tokenizer)
-    if train_on is TrainOn.last_assistant:
-        marks = marks[len(_rendered(conversation, tokenizer, last)[1]) :]
-    return text, [_close(text, span, _specials(tokenizer), end) for span in marks]
-
-
-def _template(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The chat template for a conversation; of several by name, `tool_use` where there are tools, else `default`."""
-    try:
-        return tokenizer.get_chat_template(None, conversation.tools)
-    except ValueError as error:
-        raise UserError(
-            f"the tokenizer has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and none is "
-            "called default. Choose one with model.chat_template=FILE."
-        ) from error
-
-
-def _has_marks(template: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def _rendered(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerFast, turns: int, prompt: bool = False
-) -> tuple[str, list[Span]]:
-    """The first `turns` turns as text, and the spans of `{% generation %}` blocks, where the template has any."""
-    template = _template(conversation, tokenizer)
-    marks = _has_marks(template)
-    try:
-        texts, spans = render_jinja_template(
-            [conversation.messages[:turns]],
-            tools=conversation.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:  # a template is a program
-        raise BadRecord(conversation.origin, f"the chat template refuses the conversation: {error}") from error
-    return texts[0], spans[0] if marks else []
-
-
-def _refuse_broken(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Blame the template before the record, where it can do nothing with any conversation.
-
-    Raises:
-        UserError: It is no valid template, fails on the plainest conversations, or leaves out what is said.
-    """
-    if fault := _fault(template, tuple(sorted(tokenizer.special_tokens_map.items()))):
-        raise UserError(
-            f"the chat template (model.chat_template=FILE, or else that of model.path) {fault}. Correct it, or give "
-            "another with model.chat_template=FILE."
-        )
-
-
-@lru_cache(maxsize=4)
-def _fault(template: str, specials: tuple[tuple[str, str], ...]) -> str | None:
-    """What is wrong with a template, as the plainest conversations show; None if it can do with one of them."""
-    question, answer = (
-        {"role": "user", "content": "where is the moon"},
-        {"role": "assistant", "content": "over the hill"},
-    )
-    faults = []
-    for beginning in ([question], [{"role": "system", "content": "be brief"}, question]):
-        try:
-            texts, _ = render_jinja_template([[*beginning, answer]], chat_template=template, **dict(specials))
-        except TemplateSyntaxError as error:
-            return f"is no valid Jinja template: line {error.lineno}: {error.message}"
-        except Exception as error:
-            faults.append(f"fails on every conversation: {error}")
-            continue
-        if answer["content"] in texts[0]:
-            return None
-        faults.append("leaves out what the assistant says" if texts[0].strip() else "renders nothing")
-    return faults[0]
-
-
-def _turn_span(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, text: str, turn: int) -> Span:
-    """Where in `text` the assistant writes: after the prompt for its turn, up to where the conversation so far ends."""
-    before, _ = _rendered(conversation, tokenizer, turn, prompt=True)
-    so_far, _ = _rendered(conversation, tokenizer, turn + 1)
-    for part, piece in ((f"before turn {turn + 1}", before), (f"up to turn {turn + 1}", so_far)):
-        if not text.startswith(piece):
-            raise UserError(_where_they_part(conversation, part, piece, text, turn))
-    return len(before), len(so_far)
-
-
-def _where_they_part(conversation: Conversation, part: str, piece: str, text: str, turn: int) -> str:
-    parting = (i for i, (left, right) in enumerate(zip(piece, text, strict=False)) if left != right)
-    at = next(parting, min(len(piece), len(text)))
-    around = slice(max(0, at - CONTEXT), at + CONTEXT)
-    last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-    remedy = "data.train_on=last_assistant, or " if turn != last else ""
-    return (
-        f"{conversation.origin}: the chat template writes the conversation {part} differently when it goes on, so "
-        f"the assistant's tokens cannot be found. They part at character {at}:\n"
-        f"  {part + ':':<20}{piece[around]!r}\n"
-        f"  {'whole conversation:':<20}{text[around]!r}\n"
-        f"Choose {remedy}a template with {{% generation %}} marks by model.chat_template=FILE."
-    )
-
-
-def _end_token(text: str, marks: list[Span], tokenizer: PreTrainedTokenizerFast) -> str:
-    """The special token that follows the last mark of a conversation that ends there; "" if none does."""
-    tail = text[marks[-1][1] :] if marks else ""
-    return max((special for special in _specials(tokenizer) if tail.startswith(special)), key=len, default="")
-
-
-def _close(text: str, span: Span, specials: tuple[str, ...], end: str) -> Span:
-    """The span from its first character to the end token of the turn, and no further."""
-    body = text[slice(*span)].rstrip()
-    if body.endswith(specials):
-        return span[0], span[0] + len(body)
-    return (span[0], span[1] + len(end)) if text.startswith(end, span[1]) else span
-
-
-def _specials(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    return _specials_of_size(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=4)
-def _specials_of_size(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[str, ...]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*tokenizer.all_special_tokens, *added} - {""}))
-
-
-def _overlap(offsets: list[Span], spans: list[Span]) -> np.ndarray:
-    """Which tokens hold a character of one of the spans; bool, shape (tokens,).
+def _bounds(offsets: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token begins and ends.
 
     Byte-level tokenizers give each token of a split character the whole character, and may leave leading spaces out
     of a token's offsets: a token of spaces alone is then empty, and begins where the one before it ends.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     reached = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
-    starts = np.where(starts == ends, np.minimum(starts, reached), starts)
-    supervised = np.zeros(len(ends), dtype=bool)
-    for start, end in spans:
-        supervised |= (starts < end) & (ends > start)
-    return supervised
+    return np.where(starts == ends, np.minimum(starts, reached), starts), ends
+
+
+def _texts(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> list[Text]:
+    """What is rendered of a chat, and what is learnt of it."""
+    if data.reasoning is Reasoning.strip:
+        conversation = _stripped(conversation)
+    template = chat_template(tokenizer, conversation.tools)
+    end = turn_end_text(tokenizer)
+    counts = _counts(conversation, data.train_on)
+    learnt = [turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    turns = [turn for turn in learnt if counts[turn]]
+    writer = Writer(template, conversation.messages, conversation.tools, specials(tokenizer), end)
+    how = manner(conversation, writer, turns)
+    writer = replace(writer, messages=how.form.messages(conversation.messages))
+    passages = [writer.passage(turn, how.modes.get(turn, Mode()), _thought(conversation, turn)) for turn in turns]
+    _refuse_missing(how)
+    if how.form.ids != "given":
+        conversation.notes.add(RENAMED)
+    if data.train_on is TrainOn.all:
+        return [_everything(conversation, writer, counts)]
+    groups = _chosen(grouped(passages), data.on_rewritten_history, conversation)
+    made = [_group(group, conversation, counts, data.reasoning) for group in groups] or [Text("", [], [])]
+    text = writer.whole()
+    if not groups or text.startswith(groups[-1][-1].text[: groups[-1][-1].end]):
+        made[-1] = replace(made[-1], text=text)
+    if data.train_on is TrainOn.weights:
+        others = [turn for turn, count in enumerate(counts) if count and turn not in learnt]
+        made[-1].spans.extend((_content(writer, made[-1].text, turn), counts[turn]) for turn in others)
+    return made
+
+
+def _counts(conversation: Conversation, train_on: TrainOn) -> list[float]:
+    """What a token of each message counts, before the record's own weight."""
+    messages = conversation.messages
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    counts = []
+    for turn, message in enumerate(messages):
+        carried = conversation.weight_of(turn)
+        learnt = train_on is TrainOn.all or (message["role"] == "assistant" and turn >= conversation.context)
+        if train_on is TrainOn.last_assistant:
+            learnt = turn == last
+        if train_on is TrainOn.weights:
+            learnt = learnt or carried is not None
+        if carried and not learnt:
+            conversation.notes.add(UNHEARD)
+        counts.append((1.0 if carried is None else carried) if learnt else 0.0)
+    return counts
+
+
+def _thought(conversation: Conversation, turn: int) -> str | None:
+    """A turn's reasoning, wherever it stands."""
+    message = conversation.messages[turn]
+    return message.get("reasoning_content") or reasoning.apart(message["content"] or "").reasoning.strip() or None
+
+
+def _stripped(conversation: Conversation) -> Conversation:
+    """The conversation without reasoning."""
+    messages = []
+    for given in conversation.messages:
+        message = dict(given)
+        if message["role"] == "assistant":
+            thought = message.pop("reasoning_content", None)
+            parts = reasoning.apart(message["content"] or "")
+            if parts.closed:
+                message["content"] = parts.answer
+            if thought or parts.closed:
+                conversation.notes.add(STRIPPED)
+            if not message.get("tool_calls") and not (message["content"] or "").strip():
+                raise ValueError("a turn of the assistant is nothing but reasoning (data.reasoning=strip)")
+        messages.append(message)
+    return replace(conversation, messages=messages)
+
+
+def _refuse_missing(how: Manner) -> None:
+    if how.problem:
+        raise ValueError(how.problem)
+    if how.missing:
+        names = ", ".join(f"`{name}`" for name in how.missing)
+        last = how.missing[0].rpartition(".")[2].partition("[")[0]
+        field = "tools" if how.missing[0].startswith("tools.") else last
+        field = "tool_calls" if ".tool_calls" in how.missing[0] else field
+        raise ValueError(
+            f"the chat template does not write {names} where it belongs, so that the model would not learn it. Choose "
+            f"a template that knows it with model.chat_template=FILE, or leave it out with data.ignore_fields=[{field}]"
+        )
+
+
+def _chosen(
+    groups: list[list[Passage]], on_rewritten: OnRewrittenHistory, conversation: Conversation
+) -> list[list[Passage]]:
+    """The groups of passages that examples are made of."""
+    if len(groups) < 2:
+        return groups
+    if on_rewritten is OnRewrittenHistory.error:
+        raise ValueError(
+            f"{rewriting(groups[0][-1], groups[-1][-1])}\nChoose data.on_rewritten_history=split or last, or "
+            "data.train_on=last_assistant."
+        )
+    conversation.notes.add(SPLIT if on_rewritten is OnRewrittenHistory.split else ONLY_LAST)
+    return groups if on_rewritten is OnRewrittenHistory.split else groups[-1:]
+
+
+def _group(group: list[Passage], conversation: Conversation, counts: list[float], policy: Reasoning) -> Text:
+    """The text in which all passages of a group stand, and their spans."""
+    spans: list[Weighted] = []
+    for passage in group:
+        thought = _thought(conversation, passage.turn) if policy is Reasoning.mask else None
+        for span in passage.spans:
+            spans += [(part, counts[passage.turn]) for part in _without(passage.text, span, thought)]
+    return Text(group[-1].text, spans, [passage.end for passage in group])
+
+
+def _without(text: str, span: Span, thought: str | None) -> Iterator[Span]:
+    """The parts of a span around its reasoning."""
+    found = reasoning.place(text[slice(*span)], thought) if thought else None
+    if found is None:
+        if thought:
+            raise ValueError("a turn's reasoning does not stand in it as it was given (data.reasoning=mask)")
+        yield span
+        return
+    yield from ((b, e) for b, e in ((span[0], span[0] + found[0]), (span[0] + found[1], span[1])) if b < e)
+
+
+def _everything(conversation: Conversation, writer: Writer, counts: list[float]) -> Text:
+    """The whole text, every character of which counts 1, but for what messages that carry a weight say."""
+    text = writer.whole()
+    spans: list[Weighted] = [((0, len(text)), 1.0)]
+    for turn, count in enumerate(counts):
+        if count != 1:
+            spans.append((_content(writer, text, turn), count))
+    return Text(text, spans, [])
+
+
+def _content(writer: Writer, text: str, turn: int) -> Span:
+    """Where a message's content stands in the whole text, with the turn's end token where one follows.
+
+    Raises:
+        ValueError: It does not stand there as it was given.
+    """
+    content, marker = (writer.messages[turn]["content"] or "").strip(), "zqmarkerqz"
+    marked = [*writer.messages]
+    marked[turn] = marked[turn] | {"content": marker}
+    other, _ = writer.template.write(marked, writer.tools)
+    at = other.find(marker)
+    if not content or at < 0 or not (text.startswith(other[:at]) and text.startswith(content, at)):
+        raise ValueError(f"turn {turn + 1} carries a weight, and the chat template does not write it as it was given")
+    end = at + len(content)
+    special = max((one for one in writer.specials if text.startswith(one, end)), key=len, default="")
+    return at, end + len(special)

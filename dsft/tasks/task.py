@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,28 +109,90 @@ class Task:
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 
 
-def read(shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]], fields: Fields, origin: str) -> Record:
-    """The record that a row's fields hold, by the first of `shapes` whose fields it has; other fields are ignored.
+class Taken(dict[str, Any]):
+    """A row's fields, and which of them somebody has asked for.
+
+    Attributes:
+        names: Those.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
+def read(
+    shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]],
+    fields: Fields,
+    origin: str,
+    ignored: Collection[str] = (),
+) -> Record:
+    """The record that a row's fields hold, by the first of `shapes` whose fields it has.
+
+    Fields that the shape does not ask for become metadata, which is noted.
+
+    Args:
+        shapes: The task's (`Task.shapes`).
+        fields: The row's.
+        origin: Where it came from.
+        ignored: Names of fields that are treated as if they were not there (`data.ignore_fields`), those of the objects
+            in a field's list among them, such as a message's.
 
     Raises:
         BadRecord: No shape fits, or the row is malformed; the message names the field.
     """
-    names = next((names for names in shapes if all(fields.get(name) is not None for name in names)), None)
+    present = {name for name, value in fields.items() if value is not None}
+    names = next((names for names in shapes if present.difference(ignored).issuperset(names)), None)
     if names is None:
         raise BadRecord(origin, _unknown_shape(shapes, fields))
+    kept, dropped = _without(fields, ignored)
+    taken = Taken(kept)
     try:
-        return shapes[names](fields, origin)
+        record = shapes[names](taken, origin)
     except ValueError as error:
         raise BadRecord(origin, str(error)) from error
+    record.metadata = {name: value for name, value in kept.items() if name not in taken.names and value is not None}
+    record.notes |= {f"field `{name}` kept as metadata" for name in record.metadata}
+    record.notes |= {f"field `{name}` left out (data.ignore_fields)" for name in dropped}
+    return record
+
+
+def _without(fields: Fields, ignored: Collection[str]) -> tuple[Fields, set[str]]:
+    """The fields but for those of some names, of the row and of objects in its lists; and which of these there were."""
+    if not ignored:
+        return fields, set()
+    dropped = {name for name in fields if name in ignored}
+    kept = {}
+    for name, value in fields.items():
+        if name in ignored:
+            continue
+        kept[name] = value
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            dropped |= {key for one in value if isinstance(one, dict) for key in one if key in ignored}
+            kept[name] = [
+                {k: v for k, v in one.items() if k not in ignored} if isinstance(one, dict) else one for one in value
+            ]
+    return kept, dropped
 
 
 def encode(raw: Raw, task: Task, context: Context) -> list[Example | Dropped] | Dropped:
-    """What becomes of one row of the data: its examples, or the reason why there are none.
+    """What becomes of one row of the data: its examples, or the reason why there are none. It adds to the row's notes.
 
     Raises:
         BadRecord: It is malformed.
     """
-    return task.encode(read(task.shapes, raw.fields, raw.origin), context)
+    record = read(task.shapes, raw.fields, raw.origin, context.data.ignore_fields)
+    parts = task.encode(record, context)
+    raw.notes |= record.notes
+    return parts
 
 
 def text_of(value: Any, field: str, empty: bool = True) -> str:

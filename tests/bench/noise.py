@@ -43,7 +43,9 @@ SHAPE = {
 
 def example(ids: np.ndarray, supervised: np.ndarray, number: int = 0) -> Example:
     """An example of these ids."""
-    return Example({"ids": ids, "supervised": supervised}, len(ids), float(supervised.sum()), number=number)
+    return Example(
+        {"ids": ids, "weights": supervised.astype(np.float32)}, len(ids), float(supervised.sum()), number=number
+    )
 
 
 def main() -> None:

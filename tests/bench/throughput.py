@@ -86,7 +86,7 @@ def padded_step(model, examples, device) -> None:
     for row, example in enumerate(examples):
         size = len(example.ids)
         ids[row, :size], mask[row, :size] = example.ids, 1
-        labels[row, :size] = np.where(example.columns["supervised"], example.ids, IGNORE_INDEX)
+        labels[row, :size] = np.where(example.columns["weights"], example.ids, IGNORE_INDEX)
     tensors = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     model(**{k: torch.from_numpy(v).to(device) for k, v in tensors.items()}, use_cache=False).loss.backward()
 

@@ -31,7 +31,7 @@ def expected(model_dir):
         ids = torch.from_numpy(example.ids.astype(np.int64))[None]
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
-        targets = torch.where(torch.from_numpy(example.columns["supervised"][1:]), ids[0, 1:], -100)
+        targets = torch.where(torch.from_numpy(example.columns["weights"][1:] > 0), ids[0, 1:], -100)
         nll += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
         correct += int((logits.argmax(-1) == targets)[targets != -100].sum())
         tokens += int((targets != -100).sum())

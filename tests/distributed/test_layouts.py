@@ -105,7 +105,7 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-    targets = torch.where(torch.from_numpy(example.columns["supervised"]), ids[0], -100)
+    targets = torch.where(torch.from_numpy(example.columns["weights"] > 0), ids[0], -100)
     logits = model(input_ids=ids, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum")
 

@@ -74,12 +74,12 @@ def plain_loop(model_dir: str, words: Vocabulary, method: str):
             epoch, place = epoch + 1, 0
         batch = [data[int(i)] for row in plan.step_rows(epoch, place) for i in row]
         place += 1
-        tokens = sum(int(e.columns["supervised"].sum()) for e in batch)
+        tokens = sum(int(e.columns["weights"].sum()) for e in batch)
         optimizer.zero_grad()
         total = 0.0
         for example in batch:
             ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-            targets = torch.where(torch.from_numpy(example.columns["supervised"]), ids[0], -100)
+            targets = torch.where(torch.from_numpy(example.columns["weights"] > 0), ids[0], -100)
             logits = model(input_ids=ids).logits[0]
             loss = F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum") / tokens
             loss.backward()

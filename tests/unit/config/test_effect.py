@@ -25,12 +25,12 @@ TRAIN = ROOT / "launch" / "train.py"
 PLATEAU = {"schedule__name": ScheduleName.plateau}
 LONG = Length(held_out=10, all_supervised=False, total_steps=1000, steps_to_decay=10)
 ALWAYS = set(
-    """task.name model.path model.attention data.source data.validation data.max_records data.max_length
-    data.packing data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method tuning.neftune_alpha
-    deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps batch.global_batch_size optim.name optim.lr
-    optim.max_grad_norm optim.layer_decay schedule.warmup_ratio train.seed train.log_every
-    train.save_every train.keep_last train.resume train.max_skipped_steps train.export train.deterministic
-    tracking.wandb tracking.progress precision activation_checkpointing name run_dir""".split()
+    """task.name model.path model.attention data.source data.validation data.max_records data.max_length data.packing
+    data.ignore_fields data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method
+    tuning.neftune_alpha deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps
+    batch.global_batch_size optim.name optim.lr optim.max_grad_norm optim.layer_decay schedule.warmup_ratio
+    train.seed train.log_every train.save_every train.keep_last train.resume train.max_skipped_steps train.export
+    train.deterministic tracking.wandb tracking.progress precision activation_checkpointing name run_dir""".split()
 )
 """Settings that act in every run, if only as a limit or on its speed."""
 

@@ -62,7 +62,13 @@ def conf_with(tmp_path: Path, **files: str) -> Path:
 
 def test_all_text_of_the_schema_is_known():
     assert {"name", "run_dir", "model.revision", "data.train", "train.resume", "tracking.project"} < set(TEXTS)
-    assert set(LISTS) == {"data.packages", "tuning.trainable", "tuning.target_modules", "tracking.tags"}
+    assert set(LISTS) == {
+        "data.packages",
+        "data.ignore_fields",
+        "tuning.trainable",
+        "tuning.target_modules",
+        "tracking.tags",
+    }
     assert not [n for n, hint in knobs().items() if "str" in str(hint) and n not in TEXTS + LISTS]
 
 

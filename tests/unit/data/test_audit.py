@@ -45,7 +45,7 @@ def test_the_counts_add_up(prepared):
     assert part["records_read"] == 24 == part["records_kept"] + part["records_held_out"] + sum(dropped.values())
     assert (part["records_kept"], part["records_held_out"], part["records_truncated"]) == (len(train), 1, 0)
     assert part["tokens"] == sum(len(train[i].ids) for i in range(len(train)))
-    assert part["supervised_tokens"] == sum(int(train[i].columns["supervised"].sum()) for i in range(len(train)))
+    assert part["supervised_tokens"] == sum(int(train[i].columns["weights"].sum()) for i in range(len(train)))
     assert part["supervised_share"] == part["supervised_tokens"] / part["tokens"]
     assert [bad["origin"].split(":")[-1] for bad in part["bad_records"]] == ["23", "24"]
     held_out = report["validation"]

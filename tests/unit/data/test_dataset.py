@@ -64,11 +64,11 @@ def test_the_examples_are_those_that_rendering_gives(data):
     for part in (train, validation):
         assert len(part) == 40
         for number in range(40):
-            expected = render.render(to_conversation(record(number), ""), TOKENIZER, TrainOn.assistant)
-            assert part[number].ids.tolist() == expected.ids.tolist()
-            assert part[number].columns["supervised"].tolist() == expected.columns["supervised"].tolist()
-            assert part.lengths[number] == len(expected.ids)
-            assert part.weights[number] == expected.columns["supervised"].sum()
+            (expected,) = render.render(to_conversation(record(number), ""), TOKENIZER, DataConfig())
+            assert part[number].ids.tolist() == expected.columns["ids"].tolist()
+            assert part[number].columns["weights"].tolist() == expected.columns["weights"].tolist()
+            assert part.lengths[number] == len(expected.columns["ids"])
+            assert part.weights[number] == expected.columns["weights"].sum()
     assert (train.lengths.dtype, train.weights.dtype, train[0].ids.dtype) == (np.int32, np.float64, np.int32)
 
 
@@ -151,7 +151,7 @@ def _cut_short(entry):
 
 
 def _flip(entry):
-    path = entry / "supervised.data.bin"
+    path = entry / "weights.data.bin"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -212,7 +212,7 @@ def test_one_process_and_two_write_the_same_bytes(tmp_path, data, monkeypatch):
         (entry,) = entries(skip)
         written[workers] = {path.name: path.read_bytes() for path in sorted(entry.iterdir())}
     assert written[1] == written[2]
-    columns = {"ids.data", "ids.offsets", "supervised.data"}  # offsets that are the same are kept once
+    columns = {"ids.data", "ids.offsets", "weights.data"}  # offsets that are the same are kept once
     assert set(written[1]) == {"entry.json", *(f"{name}.bin" for name in {*columns, *cache.PER_EXAMPLE})}
 
 
@@ -237,7 +237,9 @@ def test_a_bad_record_stops_the_run_or_is_counted_and_listed(tmp_path, data):
         prepare(data, TOKENIZER, "t", seed=0)
     train, _, report = prepare(replace(data, on_bad_record=OnBadRecord.skip), TOKENIZER, "t", seed=0)
     assert texts(train) == [
-        TOKENIZER.decode(render.render(to_conversation(record(n), ""), TOKENIZER, TrainOn.all).ids.tolist())
+        TOKENIZER.decode(
+            render.render(to_conversation(record(n), ""), TOKENIZER, DataConfig())[0].columns["ids"].tolist()
+        )
         for n in range(3)
     ]
     assert report["train"]["records_dropped"] == {audit.BAD: 1 + audit.MAX_LISTED}
@@ -258,7 +260,7 @@ def test_records_that_do_not_fit_are_cut_dropped_or_refused(tmp_path, data):
     data = replace(data, train=write(tmp_path / "long.jsonl", rows), validation_share=0, max_length=64)
     train, _, report = prepare(data, TOKENIZER, "t", seed=0)
     assert train.lengths.tolist()[1:] == [64]
-    assert TOKENIZER.decode(train[1].ids[train[1].columns["supervised"]].tolist()) == "a" * int(train.weights[1])
+    assert TOKENIZER.decode(train[1].ids[train[1].columns["weights"] > 0].tolist()) == "a" * int(train.weights[1])
     assert (train[0].truncated, train[1].truncated) == (False, True)
     assert report["train"]["records_truncated"] == 1
     assert report["train"]["records_dropped"] == {causal_lm.CUT_OFF: 1}

@@ -33,7 +33,7 @@ def data(count: int = 62) -> list[Example]:
 PACKINGS = [packing for packing in Packing if packing is not Packing.auto]
 DATA = data()
 LENGTHS = np.array([len(e.ids) for e in DATA])
-SUPERVISED = np.array([e.columns["supervised"].sum() for e in DATA])
+SUPERVISED = np.array([e.columns["weights"].sum() for e in DATA])
 
 
 def loader(rank=0, ranks=1, accumulation=1, packing=Packing.bfd, global_batch=GLOBAL_BATCH) -> Loader:

@@ -21,12 +21,12 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from dsft.config.schema import Method, TuningConfig
+from dsft.config.schema import DataConfig, Method, TuningConfig
 from dsft.errors import UserError
 from dsft.model import export, rehearsal, vocabulary
 from dsft.model.load import load_model, load_tokenizer, resolve
 from dsft.model.stopping import find_stopping
-from dsft.tasks import render
+from dsft.tasks import render, template
 from dsft.tasks.conversation import Conversation
 from dsft.types import Probe
 
@@ -57,7 +57,7 @@ def rehearse(directory: Path, destination: Path | None = None, tokenizer=None, n
     source = resolve(str(directory))
     tokenizer = tokenizer or load_tokenizer(source)
     words = vocabulary.extend(tokenizer, list(new), load_model(source, dtype, "eager", "meta").config.vocab_size)
-    stopping = find_stopping(source, tokenizer, render.turn_end(tokenizer))
+    stopping = find_stopping(source, tokenizer, template.turn_end(tokenizer))
     companions = export.companion_files(tokenizer, stopping.generation_config)
     destination = destination or directory.parent / "run/model"
     rehearsal.rehearse(source, tokenizer, words, companions, TuningConfig(**tuned), dtype, destination)
@@ -147,7 +147,7 @@ def test_templates_without_a_default_are_refused_in_words(tmp_path):
     tokenizer.chat_template = {"rag": tiny.CHATML, "tool_use": tiny.CHATML}
     chat = Conversation(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\), and none is called default"):
-        render.render(chat, tokenizer, render.TrainOn.assistant)
+        render.render(chat, tokenizer, DataConfig())
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import tiny
 from dsft.errors import UserError
 from dsft.model.load import resolve
 from dsft.model.stopping import find_stopping
-from dsft.tasks.render import turn_end
+from dsft.tasks.template import turn_end
 
 END = tiny.SPECIALS.index("<|im_end|>")
 TEXT = tiny.SPECIALS.index("<|endoftext|>")

@@ -14,7 +14,7 @@ from dsft.tasks.isolation import probe_tokens
 from dsft.types import IGNORE_INDEX, Example
 
 EXAMPLES = tiny.examples(6, shortest=3, longest=20, vocabulary=100)
-SUPERVISED = sum(int(e.columns["supervised"].sum()) for e in EXAMPLES)
+SUPERVISED = sum(int(e.columns["weights"].sum()) for e in EXAMPLES)
 
 
 def lora(model, **changes):
@@ -24,10 +24,10 @@ def lora(model, **changes):
 def plain(model, example: Example):
     """Transformers' own loss of one example alone, as a sum, and how often its first guess is right."""
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-    labels = torch.where(torch.from_numpy(example.columns["supervised"])[None], ids, IGNORE_INDEX)
+    labels = torch.where(torch.from_numpy(example.columns["weights"] > 0)[None], ids, IGNORE_INDEX)
     output = model(input_ids=ids, labels=labels, use_cache=False)
-    hits = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]) & torch.from_numpy(example.columns["supervised"][1:])
-    return output.loss * int(example.columns["supervised"].sum()), int(hits.sum())
+    hits = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]) & torch.from_numpy(example.columns["weights"][1:] > 0)
+    return output.loss * int(example.columns["weights"].sum()), int(hits.sum())
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_the_head_stands_once_in_the_module_tree():
 def test_a_batch_without_targets_weighs_nothing_and_still_goes_all_the_way(family):
     """trl#6668: NaN, or a loss of 0.0 that pretends to be one. Here it is a filler beside ranks that do train."""
     model = tiny.causal(family, attention.NAME)
-    masked = [tiny.example(e.ids, np.zeros_like(e.columns["supervised"])) for e in EXAMPLES]
+    masked = [tiny.example(e.ids, np.zeros_like(e.columns["weights"])) for e in EXAMPLES]
     for batch in (collate([]), collate(masked)):
         loss, tally = task(model)(batch)
         assert {name: float(value) for name, value in tally.sums.items()} == {"loss": 0, "correct": 0, "weight": 0}

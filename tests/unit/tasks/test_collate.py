@@ -40,7 +40,7 @@ def test_a_batch_is_its_documents_one_after_the_other():
     whole, parts = collate(examples), [collate([e]) for e in examples]
     for name in ("input_ids", "position_ids"):
         assert torch.equal(whole.tensors[name], torch.cat([part.tensors[name] for part in parts], dim=1))
-    assert whole.weight == sum(int(e.columns["supervised"].sum()) for e in examples)
+    assert whole.weight == sum(int(e.columns["weights"].sum()) for e in examples)
 
 
 def test_the_filler_batch_has_a_token_to_compute_and_nothing_to_count():
@@ -70,7 +70,7 @@ def test_both_layouts_hold_the_same_documents_and_targets(padded):
     expected = {}
     for example, row, begin in zip(examples, rows, begins, strict=True):
         assert row.tolist() == example.ids.tolist()
-        for place in np.flatnonzero(example.columns["supervised"]):
+        for place in np.flatnonzero(example.columns["weights"]):
             expected[int(begin + place - 1)] = int(example.ids[place])
     assert found == expected
     if padded:

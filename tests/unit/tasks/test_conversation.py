@@ -56,7 +56,8 @@ def test_input_follows_the_instruction_and_history_comes_before_both():
 
 
 def test_the_record_s_own_system_turn_comes_first():
-    assert messages(messages=[SYSTEM, USER, ASSISTANT], system="other")[0] == SYSTEM
+    with pytest.raises(BadRecord, match="field `system` stands beside a system turn"):
+        messages(messages=[SYSTEM, USER, ASSISTANT], system="other")
     assert messages(conversations=[USER, ASSISTANT], system="Be brief.")[0] == SYSTEM
 
 
@@ -74,8 +75,8 @@ def test_tool_calls_stay_as_they_are():
         assert conversation.tools == tools
         assert conversation.messages == [
             USER,
-            {"role": "assistant", "content": "", "tool_calls": calls},
-            {"role": "tool", "content": "", "tool_call_id": "1"},
+            {"role": "assistant", "content": None, "tool_calls": [calls[0] | {"id": "1"}]},
+            {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"},
             ASSISTANT,
         ]
     assert to_conversation({"messages": turns, "tools": []}, "").tools is None

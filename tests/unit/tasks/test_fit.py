@@ -1,18 +1,20 @@
 """Examples that are too long: cut, taken apart, dropped, refused."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from dsft.config.schema import OnOverflow
 from dsft.errors import UserError
+from dsft.tasks.causal_lm import weighed
 from dsft.tasks.fit import EMPTY, TOO_LONG, fit
-from dsft.tasks.render import weighed
 from dsft.types import Dropped, Example
 
 
 def fitted(max_length: int, on_overflow: OnOverflow, frame: int = 0):
     supervised = np.array([False, False, True, False, True, False])
-    columns = {"ids": np.arange(6, dtype=np.int32), "supervised": supervised, "label": np.array([7, 8])}
+    columns = {"ids": np.arange(6, dtype=np.int32), "weights": supervised.astype(np.float32), "label": np.array([7, 8])}
     return fit(columns, weighed, max_length, on_overflow, "f.jsonl:3", frame)
 
 
@@ -24,7 +26,7 @@ def test_what_fits_stays_as_it_is():
 def test_the_end_is_cut_off():
     (cut,) = fitted(3, OnOverflow.truncate)
     assert cut.ids.tolist() == [0, 1, 2]
-    assert cut.columns["supervised"].tolist() == [False, False, True]
+    assert cut.columns["weights"].tolist() == [0, 0, 1]
     assert (cut.tokens, cut.weight, cut.truncated) == (3, 1, True)
 
 
@@ -46,3 +48,28 @@ def test_it_is_dropped_or_refused_by_name():
     assert fitted(5, OnOverflow.drop) == Dropped(TOO_LONG)
     with pytest.raises(UserError, match=r"f\.jsonl:3: 8 tokens, but data\.max_length is 7"):
         fitted(7, OnOverflow.error, frame=2)
+
+
+def parts_of(tokens: int, room: int, cuts=(), supervised=None):
+    """Ids of each part, and which of them are targets."""
+    weights = np.ones(tokens, np.float32) if supervised is None else np.asarray(supervised, np.float32)
+    columns = {"ids": np.arange(tokens, dtype=np.int32), "weights": weights}
+    parts = fit(columns, weighed, room, OnOverflow.split, "", cuts=cuts, needs_before=weights > 0)
+    return [(part.ids.tolist(), part.ids[part.columns["weights"] > 0].tolist()) for part in parts]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 14, 15, 16, 100, 1000])
+@pytest.mark.parametrize("room", [2, 3, 8])
+def test_every_token_but_the_first_is_a_target_once(tokens, room):
+    parts = parts_of(tokens, room)
+    assert [target for _, targets in parts for target in targets] == list(range(1, tokens))
+    assert all(len(ids) <= room for ids, _ in parts)
+    assert all(later[0][0] == earlier[0][-1] for earlier, later in pairwise(parts))
+
+
+def test_a_chat_is_cut_between_turns_where_it_can_be():
+    supervised = [0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]
+    parts = parts_of(15, 6, cuts=[4, 7], supervised=supervised)
+    # the third turn alone is too long: it is cut where the room ends, and goes on from the token before
+    assert parts == [([0, 1, 2, 3], [2, 3]), ([4, 5, 6], [6]), ([7, 8, 9, 10, 11, 12], [9, 10, 11, 12]),
+                     ([12, 13, 14], [13, 14])]  # fmt: skip

@@ -51,7 +51,7 @@ def test_a_long_text_is_read_whole_window_by_window():
 @pytest.mark.parametrize("share", [0.15, 0.4, 1.0])
 def test_so_many_tokens_are_hidden_as_the_example_weighs(share):
     for example in encoded(LONG, mask_share=share):
-        made = masked_lm.inputs(example, View(epoch=3), context())
+        made = masked_lm.inputs(example, View(epoch=3), context(mask_share=share))
         at = made["labels"] != IGNORE_INDEX
         maskable = ~np.isin(example.ids, list(SPECIAL))
         assert at.sum() == example.weight == max(1, round(share * maskable.sum()))
@@ -110,7 +110,7 @@ def test_whole_words_are_hidden_whole(text, words):
     if text.isascii() or text.startswith("我"):
         assert found == words
     for epoch in range(30):
-        made = masked_lm.inputs(example, View(epoch), context(whole_words=True))
+        made = masked_lm.inputs(example, View(epoch), context(whole_words=True, mask_share=0.34))
         at = (made["labels"] != IGNORE_INDEX)[1:-1]
         for number in set(numbers.tolist()):
             assert len(set(at[numbers == number].tolist())) == 1, "a word is hidden in part"

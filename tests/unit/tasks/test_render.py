@@ -7,11 +7,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dsft.config.schema import TrainOn
+from dsft.config.schema import DataConfig, OnRewrittenHistory, TrainOn
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
+from dsft.tasks.causal_lm import weighed
 from dsft.tasks.conversation import Conversation
-from dsft.tasks.render import render
+from dsft.tasks.render import ONLY_LAST, SPLIT, render
+from dsft.types import Example
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 
@@ -81,15 +83,25 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TWO_TURNS = [SYSTEM, user("Hello"), assistant("Hi there."), user("你好?"), assistant("你好，世界𠮷")]
 
 
-def learnt(messages, template, train_on=TrainOn.assistant, tools=None, **kwargs):
+def rendered(conversation, tokenizer, **data) -> list[Example]:
+    """Examples of a conversation, untruncated."""
+    return [weighed(rendering.columns) for rendering in render(conversation, tokenizer, DataConfig(**data))]
+
+
+def runs(example, tokenizer) -> list[str]:
     """The supervised text, one string per run of supervised tokens."""
-    tokenizer = make_tokenizer(template, **kwargs)
-    example = render(Conversation(messages=messages, tools=tools, origin="f.jsonl:1"), tokenizer, train_on)
-    assert example.ids.dtype == np.int32
-    assert example.columns["supervised"].dtype == bool
-    assert not example.columns["supervised"][0]
-    starts = np.flatnonzero(np.diff(example.columns["supervised"].astype(int), prepend=0, append=0))
+    weights = example.columns["weights"]
+    assert (example.ids.dtype, weights.dtype, weights[0]) == (np.int32, np.float32, 0)
+    starts = np.flatnonzero(np.diff((weights > 0).astype(int), prepend=0, append=0))
     return [tokenizer.decode(example.ids[a:b].tolist()) for a, b in zip(starts[::2], starts[1::2], strict=True)]
+
+
+def learnt(messages, template, train_on=TrainOn.assistant, tools=None, data=None, **kwargs):
+    """What is supervised of a conversation that makes one example."""
+    tokenizer = make_tokenizer(template, **kwargs)
+    conversation = Conversation(messages=messages, tools=tools, origin="f.jsonl:1")
+    (example,) = rendered(conversation, tokenizer, train_on=train_on, **(data or {}))
+    return runs(example, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -127,22 +139,23 @@ def test_last_assistant():
 
 def test_all_is_everything_but_the_first_token():
     tokenizer = make_tokenizer(CHATML)
-    example = render(Conversation(messages=TWO_TURNS), tokenizer, TrainOn.all)
-    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
+    (example,) = rendered(Conversation(messages=TWO_TURNS), tokenizer, train_on=TrainOn.all)
+    assert example.columns["weights"].tolist() == [0] + [1] * (len(example.ids) - 1)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, LLAMA3, LLAMA2, TOOLS])
 def test_ids_are_those_of_transformers(template):
     tokenizer = make_tokenizer(template)
     expected = tokenizer.apply_chat_template(TWO_TURNS, return_dict=False)
-    assert render(Conversation(messages=TWO_TURNS), tokenizer, TrainOn.assistant).ids.tolist() == expected
+    (example,) = rendered(Conversation(messages=TWO_TURNS), tokenizer)
+    assert example.ids.tolist() == expected
 
 
 def test_the_mask_is_that_of_transformers_where_the_template_has_marks():
     tokenizer = make_tokenizer(MARKED)
     encoded = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
-    example = render(Conversation(messages=TWO_TURNS), tokenizer, TrainOn.assistant)
-    assert example.columns["supervised"].astype(int).tolist() == encoded["assistant_masks"]
+    (example,) = rendered(Conversation(messages=TWO_TURNS), tokenizer)
+    assert example.columns["weights"].astype(int).tolist() == encoded["assistant_masks"]
 
 
 @pytest.mark.parametrize(
@@ -184,26 +197,50 @@ def test_tool_calls_are_learnt_and_their_results_are_not():
     ]
 
 
-def test_a_template_that_rewrites_history_is_refused_with_both_sides():
-    turns = [user("a"), assistant("<think>hm</think>yes"), user("b"), assistant("<think>so</think>no")]
-    with pytest.raises(UserError) as error:
-        learnt(turns, FORGETFUL)
-    assert not isinstance(error.value, BadRecord)
+THOUGHTS = [user("a"), assistant("<think>hm</think>yes"), user("b"), assistant("<think>so</think>no")]
+
+
+def test_a_template_that_rewrites_history_gives_an_example_of_each_beginning():
+    tokenizer = make_tokenizer(FORGETFUL)
+    conversation = Conversation(messages=THOUGHTS, origin="f.jsonl:1")
+    first, second = rendered(conversation, tokenizer)
+    assert runs(first, tokenizer) == ["<think>hm</think>yes<|im_end|>"]
+    assert runs(second, tokenizer) == ["<think>so</think>no<|im_end|>"]
+    for example, turns in ((first, 2), (second, 4)):
+        expected = tokenizer.apply_chat_template(THOUGHTS[:turns], tokenize=False)
+        assert tokenizer.decode(example.ids.tolist()) == expected
+    assert conversation.notes == {SPLIT}
+
+
+def test_only_what_stands_as_it_was_written_is_learnt_where_that_is_wanted():
+    conversation = Conversation(messages=[*THOUGHTS, user("c"), assistant("well")], origin="f.jsonl:1")
+    tokenizer = make_tokenizer(FORGETFUL)
+    (example,) = rendered(conversation, tokenizer, on_rewritten_history=OnRewrittenHistory.last)
+    assert runs(example, tokenizer) == ["well<|im_end|>"]
+    assert conversation.notes == {ONLY_LAST}
+    assert learnt(THOUGHTS, FORGETFUL, TrainOn.last_assistant) == ["<think>so</think>no<|im_end|>"]
+
+
+def test_rewritten_history_is_refused_with_both_sides_where_that_is_wanted():
+    with pytest.raises(BadRecord) as error:
+        learnt(THOUGHTS, FORGETFUL, data={"on_rewritten_history": OnRewrittenHistory.error})
     message = str(error.value)
-    assert message.startswith("f.jsonl:1: the chat template writes the conversation up to turn 2 differently")
-    assert "up to turn 2:       '>user\\na<|im_end|>\\n<|im_start|>assistant\\n<think>hm</think>yes" in message
-    assert "whole conversation: '>user\\na<|im_end|>\\n<|im_start|>assistant\\nyes<|im_end|>" in message
-    assert message.endswith(
-        "Choose data.train_on=last_assistant, or a template with {% generation %} marks by model.chat_template=FILE."
-    )
-    assert learnt(turns, FORGETFUL, TrainOn.last_assistant) == ["<think>so</think>no<|im_end|>"]
+    assert message.startswith("f.jsonl:1: the chat template writes a conversation differently when it goes on")
+    assert "up to turn 2: '>user\\na<|im_end|>\\n<|im_start|>assistant\\n<think>hm</think>yes" in message
+    assert "up to turn 4: '>user\\na<|im_end|>\\n<|im_start|>assistant\\nyes<|im_end|>" in message
+    assert "Choose data.on_rewritten_history=split or last" in message
 
 
-def test_a_prompt_that_the_history_lacks_is_refused_even_for_the_last_turn():
-    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-    with pytest.raises(UserError, match=r"before turn 2.*<think>") as error:
-        learnt([user("a"), assistant("b")], template, TrainOn.last_assistant)
-    assert "last_assistant" not in str(error.value)
+def test_a_prompt_that_opens_reasoning_is_closed_where_the_template_does_not():
+    template = FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    assert learnt([user("a"), assistant("b")], template) == ["</think>b<|im_end|>"]
+    assert learnt([user("a"), assistant("<think>so</think>b")], template) == ["so</think>b<|im_end|>"]
+
+
+def test_a_prompt_that_the_turn_does_not_follow_is_refused():
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<answer>{% endif %}")
+    with pytest.raises(BadRecord, match=r"prompt for turn 2: .*<answer>"):
+        learnt([user("a"), assistant("b")], template)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +281,9 @@ def test_a_chat_without_a_template_is_refused():
 
 def test_text_is_learnt_whole_with_the_end_of_sequence():
     tokenizer = make_tokenizer(None)
-    example = render(Conversation(text="床前明月光"), tokenizer, TrainOn.assistant)
+    (example,) = rendered(Conversation(text="床前明月光"), tokenizer)
     assert tokenizer.decode(example.ids.tolist()) == "床前明月光</s>"
-    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert example.columns["weights"].tolist() == [0] + [1] * (len(example.ids) - 1)
 
 
 def test_text_gets_the_beginning_that_the_tokenizer_adds_and_one_end():
@@ -254,6 +291,6 @@ def test_text_gets_the_beginning_that_the_tokenizer_adds_and_one_end():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
     )
-    example = render(Conversation(text="Hello"), tokenizer, TrainOn.all)
+    (example,) = rendered(Conversation(text="Hello"), tokenizer, train_on=TrainOn.all)
     assert tokenizer.decode(example.ids.tolist()) == "<s>Hello</s>"
-    assert example.columns["supervised"].tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert example.columns["weights"].tolist() == [0] + [1] * (len(example.ids) - 1)
