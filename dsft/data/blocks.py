@@ -29,6 +29,9 @@ CHUNK = 256
 POOL_FROM = 20_000
 """Fewer records are tokenised (some 2,000 a second) before worker processes have started (some 8 seconds)."""
 
+LONGEST_PROBLEM = 300
+"""Characters of an exception's message that are shown."""
+
 Encode = Callable[[Raw], "list[Example | Dropped] | Dropped"]
 """What a task makes of a record: its examples, among them a Dropped for each part with nothing to learn, or none."""
 
@@ -171,11 +174,20 @@ def _encoded(encode: Encode, stop_at_bad: bool, records: list[Raw | BadRecord]) 
 
 
 def _made(encode: Encode, record: Raw) -> list[Example | Dropped] | Dropped | BadRecord:
-    """What becomes of a record; if it is malformed, what is wrong."""
+    """What becomes of a record; if it is malformed, what is wrong.
+
+    Whatever a single record makes fail is its own fault: the tokenizer on a lone surrogate, a template on a type that
+    it did not expect, Python on a number of thousands of digits.
+    """
     try:
         return encode(record)
     except BadRecord as bad:
         return bad
+    except (UserError, MemoryError, OSError):  # these concern all records
+        raise
+    except Exception as error:
+        problem = " ".join(str(error).split())[:LONGEST_PROBLEM]
+        return BadRecord(record.origin, f"cannot be read: {type(error).__name__}: {problem}")
 
 
 def _count(block: Block, made: int, dropped: list[Dropped]) -> None:

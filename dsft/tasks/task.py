@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dsft.tasks.forward import Forward
 
 Sums = dict[str, torch.Tensor]
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def read(
     kept, dropped = _without(fields, ignored)
     taken = Taken(kept)
     try:
+        for name, value in kept.items():
+            _refuse_half_characters(value, name)
         record = shapes[names](taken, origin)
     except ValueError as error:
         raise BadRecord(origin, str(error)) from error
@@ -163,6 +168,24 @@ def read(
     record.notes |= {f"field `{name}` kept as metadata" for name in record.metadata}
     record.notes |= {f"field `{name}` left out (data.ignore_fields)" for name in dropped}
     return record
+
+
+def _refuse_half_characters(value: Any, field: str) -> None:
+    """Refuse lone surrogates, which no tokenizer takes and no file holds.
+
+    Raises:
+        ValueError: There is one; the message names the field.
+    """
+    if isinstance(value, str) and not value.isascii():
+        if found := SURROGATE.search(value):
+            raise ValueError(f"field `{field}` holds half a character, the lone surrogate U+{ord(found[0]):04X}")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            _refuse_half_characters(key, field)
+            _refuse_half_characters(one, f"{field}.{key}")
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            _refuse_half_characters(one, f"{field}[{number}]")
 
 
 def _without(fields: Fields, ignored: Collection[str]) -> tuple[Fields, set[str]]:
