@@ -199,8 +199,11 @@ class Engine:
             lr_multiplier: Factor on every group's peak learning rate.
 
         Returns:
-            The summed Tally of this rank, and whether weights were updated (False: overflow or NaN, step skipped).
+            The summed Tally of this rank, and whether weights were updated (False: overflow or NaN, or nothing to learn
+            as `weight` is 0; the step is skipped).
         """
+        if not weight:
+            return self._without_update(batches), False
         self._engine.train()
         apply(self._optimizer.param_groups, lr_multiplier)
         tally = Tally()
@@ -215,6 +218,14 @@ class Engine:
             else:
                 self._engine.step()
         return tally, applied
+
+    def _without_update(self, batches: list[Batch]) -> Tally:
+        """A step of which no token counts: neither decay nor momentum may move a weight."""
+        tally = Tally()
+        for batch in batches:
+            tally.add(self.evaluate(batch))
+        self._norm, self._norm_scale = 0.0, 1.0
+        return tally
 
     def _update(self) -> bool:
         """Take the optimizer step; note the gradient's norm, and whether the step was skipped."""

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dsft.config.schema import Attention, DataConfig, EvalConfig, TaskConfig, TrainConfig
+from dsft.config.schema import Attention, DataConfig, EvalConfig, OnOverflow, TaskConfig, TrainConfig
 from dsft.data import dataset
 from dsft.data.sources import Raw
 from dsft.metrics import declare
@@ -189,6 +189,45 @@ def masked_examples(count: int, seed: int = 0, **settings) -> list[Example]:
     context = replace(collator("masked_lm", **settings).context, data=DataConfig(max_length=48))
     rows = [Raw({"text": text}, f"text:{number}") for number, text in enumerate(texts(count, seed))]
     return [example for row in rows for example in encode(row, TASKS["masked_lm"], context)]
+
+
+FORGETFUL = (  # leaves out the reasoning of all turns but the last
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def weighed_rows(count: int, seed: int = 0) -> list[dict]:
+    """Chats with reasoning, and plain texts; records and messages carry weights, whole and fractions."""
+    random = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for number, text in enumerate(texts(count, seed, longest=60)):
+        weight = {} if number % 3 else {"weight": float(random.choice([0.3, 1, 2.5]))}
+        if number % 4 == 0:
+            rows.append({"text": text, **weight})
+            continue
+        rows.append({"messages": [], **weight})
+        for _ in range(int(random.integers(1, 4))):
+            question, answer, thought = (" ".join(random.choice(WORDS, int(random.integers(1, 7)))) for _ in range(3))
+            counts = random.choice([None, 0, 0.5, 1, 1.7])
+            carried = {} if counts is None else {"weight": float(counts)}
+            said = f"<think>{thought}</think>{answer}" if random.random() < 0.5 else answer
+            rows[-1]["messages"] += [{"role": "user", "content": question}]
+            rows[-1]["messages"] += [{"role": "assistant", "content": said, **carried}]
+    return rows
+
+
+def weighed_examples(count: int, seed: int = 0) -> list[Example]:
+    """The first `count` examples of `weighed_rows`: documents split at 48 tokens, histories as they were written."""
+    tokens = tokenizer()
+    tokens.chat_template = FORGETFUL
+    context = Context(tokens, DataConfig(max_length=48, on_overflow=OnOverflow.split), TaskConfig(name="causal_lm"))
+    made: list[Example] = []
+    for row in weighed_rows(count, seed):
+        parts = encode(Raw(row, "weighed"), TASKS["causal_lm"], context)
+        made += [part for part in parts if isinstance(part, Example)] if isinstance(parts, list) else []
+    return made[:count]
 
 
 def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: int = 0, **settings) -> Collator:

@@ -103,6 +103,11 @@ class Metric:
         return value - over if self.better == "higher" else over - value
 
 
+def mean(total: float, count: float) -> float | None:
+    """`total` for each that was counted; None of none."""
+    return total / count if count else None
+
+
 def form(metrics: Mapping[str, Metric], row: Row, ranks: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The numbers of a row.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from dsft.config.schema import DataConfig, OnOverflow
-from dsft.metrics import Metric
+from dsft.metrics import Metric, mean
 from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import SHAPES, Conversation
 from dsft.tasks.fit import fit
@@ -122,14 +121,14 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
 
 
 METRICS = {
-    "loss": Metric("nats per supervised token", "Loss", "{:.4f}", ("loss", "weight"), operator.truediv, better="lower"),
+    "loss": Metric("nats per supervised token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
     "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
     "token_accuracy": Metric(
         "share of supervised tokens predicted first",
         "Token accuracy",
         "{:.2%}",
         ("correct", "weight"),
-        operator.truediv,
+        mean,
         better="higher",
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from functools import lru_cache, partial
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsft.config.schema import OnOverflow
 from dsft.errors import UserError
-from dsft.metrics import Metric
+from dsft.metrics import Metric, mean
 from dsft.model.kind import MASKED
 from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
@@ -195,7 +194,7 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
 
 
 METRICS = {
-    "loss": Metric("nats per hidden token", "Loss", "{:.4f}", ("loss", "weight"), operator.truediv, better="lower"),
+    "loss": Metric("nats per hidden token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
     "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
     "pseudo_perplexity": Metric(
         "exp of nats per token",
@@ -212,7 +211,7 @@ METRICS = {
         "Token accuracy",
         "{:.2%}",
         ("correct", "weight"),
-        operator.truediv,
+        mean,
         better="higher",
     ),
 }

@@ -37,6 +37,7 @@ class Way:
     method: str = "full"
     vocabulary: int = 400
     neftune_alpha: float = 0.0
+    weighed: bool = False
     lora: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
 
@@ -58,6 +59,7 @@ WAYS = {
         lora={"dropout": 0.1},
         model={"attention_dropout": 0.1},
     ),
+    "weights": Way("full, weights of records and messages, split histories, split documents", weighed=True),
 }
 RANKS, ACCUMULATION, PACKING = (1, 2), (1, 3), ("none", "bfd")
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -130,22 +132,22 @@ def plain_loop(model_dir: str, way: Way, packing: str):
         lr=1e-3,
         foreach=False,
     )
-    data = cases.Examples(tiny.examples(EXAMPLES, vocabulary=way.vocabulary))
+    data = cases.examples_of("causal_lm", EXAMPLES, way.vocabulary, way.weighed)
     plan = cases.planner(data, packing, GLOBAL_BATCH)
     losses, norms, epoch, place = [], [], 0, 0
     for number in range(STEPS):
         if place == plan.steps(epoch):
             epoch, place = epoch + 1, 0
         batch = [data[int(i)] for row in plan.step_rows(epoch, place) for i in row]
-        tokens = sum(int(e.columns["weights"].sum()) for e in batch)
+        divisor = sum(float(weight) for e in batch for weight in e.columns["weights"])
         optimizer.zero_grad()
         total = 0.0
         for example in batch:
             tiny.begin(noise, (epoch, place), [len(example.ids)], [example.number])
             ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-            targets = torch.where(torch.from_numpy(example.columns["weights"] > 0), ids[0], -100)
             logits = model(input_ids=ids, use_cache=False).logits[0]
-            loss = F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum") / tokens
+            counts = torch.from_numpy(example.columns["weights"][1:])
+            loss = (F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none") * counts).sum() / divisor
             loss.backward()
             total += float(loss.detach())
         norms.append(clip([p.grad for _, p in trained], 1.0))
@@ -196,6 +198,7 @@ def test_same_as_a_plain_loop(pools, reference, model_dirs, ranks, accumulation,
         method=way.method,
         examples=EXAMPLES,
         vocabulary=way.vocabulary,
+        weighed=way.weighed,
         neftune_alpha=way.neftune_alpha,
         lora=way.lora,
     )

@@ -73,6 +73,16 @@ def test_a_nan_gradient_leaves_the_weights_alone(pools, model_dir, stage, precis
     assert before == after
 
 
+@pytest.mark.parametrize(("stage", "precision"), [("zero0", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")])
+def test_a_step_of_which_no_token_counts_moves_nothing(pools, model_dir, stage, precision):
+    """Neither weight decay nor the moments of the step before; it is counted as skipped."""
+    for moved, norm, applied, sums in pools(2).run(
+        cases.weightless_step, model_dir=model_dir, stage=stage, precision=precision
+    ):
+        assert (moved, norm, applied) == (0, 0, False)
+        assert set(sums.values()) == {0}
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_clipping(run, stage):
     """The same norms are reported with and without clipping, and a small clip moves SGD's weights less."""

@@ -1,5 +1,7 @@
 """Weights of records and messages: what each token counts, and what is refused."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -34,7 +36,7 @@ def counted(fields, **data) -> list[tuple[str, float]]:
     weights = example.columns["weights"]
     assert example.weight == pytest.approx(weights.astype(np.float64).sum(), abs=0)
     bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1), len(weights)]
-    runs = [(TOKENIZER.decode(example.ids[a:b]), float(weights[a])) for a, b in zip(bounds, bounds[1:], strict=False)]
+    runs = [(TOKENIZER.decode(example.ids[a:b]), float(weights[a])) for a, b in pairwise(bounds)]
     return [run for run in runs if run[1]]
 
 
