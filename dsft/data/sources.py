@@ -175,6 +175,8 @@ def _jsonl(path: Path) -> Iterator[Raw | BadRecord]:
                 yield BadRecord(origin, f"not UTF-8: byte {error.object[error.start]:#04x} at column {error.start + 1}")
             except json.JSONDecodeError as error:
                 yield BadRecord(origin, f"not JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                yield BadRecord(origin, f"not JSON that can be read: {str(error)[:100]}")
 
 
 def _json(path: Path) -> Iterator[Raw | BadRecord]:

@@ -8,6 +8,10 @@ from typing import Any
 Message = dict[str, Any]
 
 
+FRAME = ("id", "type", "index")
+"""What stands around the function of a call."""
+
+
 def calling(message: Message, field: str) -> Message:
     """The message with its calls as `tool_calls`, each wrapped in `function`, its arguments an object.
 
@@ -36,8 +40,24 @@ def _call(call: Any, field: str) -> dict[str, Any]:
     arguments = from_json(given, f"{field}.arguments") if given != "" else {}
     if not isinstance(arguments, dict):
         raise ValueError(f"field `{field}.arguments` is an object, but this is {type(arguments).__name__}")
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    frame = {key: one for key, one in call.items() if (key in FRAME or "function" in call) and one is not None}
+    _refuse_no_text(frame.get("id"), f"{field}.id")
+    rest = {
+        key: one for key, one in function.items() if key != "parameters" and (key not in FRAME or function is not call)
+    }
+    return {"type": "function"} | frame | {"function": rest | {"arguments": arguments}}
+
+
+def extra(messages: list[Message]) -> set[str]:
+    """Fields of calls beyond those that make a call."""
+    made = [call for message in messages for call in message.get("tool_calls", [])]
+    outside = {key for call in made for key in call if key not in (*FRAME, "function")}
+    return outside | {key for call in made for key in call["function"] if key not in ("name", "arguments")}
+
+
+def _refuse_no_text(identity: Any, field: str) -> None:
+    if identity is not None and not isinstance(identity, str):
+        raise ValueError(f"field `{field}` is text, but this is {type(identity).__name__}")
 
 
 def paired(messages: list[Message], field: str) -> list[Message]:
@@ -64,6 +84,8 @@ def paired(messages: list[Message], field: str) -> list[Message]:
 
 
 def _ordered(results: list[tuple[int, Message]], calls: list[dict[str, Any]], field: str) -> list[Message]:
+    for number, result in results:
+        _refuse_no_text(result.get("tool_call_id"), f"{field}[{number}].tool_call_id")
     if calls and len(results) == len(calls) and not any("id" in call for call in calls):
         for call, (_, result) in zip(calls, results):
             if isinstance(result.get("tool_call_id"), str):

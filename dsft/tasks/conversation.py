@@ -107,6 +107,7 @@ def _conversation(
         context += bool(context)
     _check_turns(messages, name)
     carried = [message.pop("weight", None) for message in messages]
+    left = {key for message in messages for key in message.pop("left", ())}
     extra = {key for message in messages for key in message if key not in KNOWN}
     return Conversation(
         messages=calls.paired(messages, name),
@@ -114,7 +115,9 @@ def _conversation(
         weight=weights.of_record(fields),
         weights=carried if any(weight is not None for weight in carried) else [],
         context=context,
-        notes={f"field `{key}` of messages handed to the chat template" for key in extra},
+        notes={f"field `{key}` of messages handed to the chat template" for key in extra}
+        | {f"field `{key}` of a content's parts left out" for key in left}
+        | {f"field `{key}` of tool calls handed to the chat template" for key in calls.extra(messages)},
         origin=origin,
     )
 
@@ -186,7 +189,7 @@ def _turn(turn: Any, field: str) -> Message:
         raise ValueError(
             f"field `{field}.{role_key}` is the unknown role {role!r}; known are {', '.join([*ROLES, CALL])}"
         )
-    content, thought = _content(content, f"{field}.{content_key}")
+    content, thought, left = _content(content, f"{field}.{content_key}")
     role = ROLES[role.lower()]
     thought = thought or reasoning.take(others, field)
     if thought and role != "assistant":
@@ -196,18 +199,18 @@ def _turn(turn: Any, field: str) -> Message:
         raise ValueError(f"field `{field}.tool_calls`: only an assistant's turn has any")
     if content is None and not message.get("tool_calls"):
         raise ValueError(f"field `{field}.{content_key}` is missing")
-    return message | ({"reasoning_content": thought} if thought else {})
+    return message | ({"reasoning_content": thought} if thought else {}) | ({"left": left} if left else {})
 
 
-def _content(value: Any, field: str) -> tuple[str | None, str | None]:
-    """Text, or text parts laid end to end; and the reasoning that stands in parts of its own."""
+def _content(value: Any, field: str) -> tuple[str | None, str | None, set[str]]:
+    """Text, or text parts laid end to end; reasoning that stands in parts of its own; other fields of the parts."""
     if value is None:
-        return None, None
+        return None, None, set()
     if not isinstance(value, list):
         text = text_of(value, field)
         media.refuse_placeholders(text, field)
-        return text, None
-    text, thought = "", ""
+        return text, None, set()
+    text, thought, left = "", "", set[str]()
     for number, part in enumerate(value):
         place = f"{field}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -217,8 +220,9 @@ def _content(value: Any, field: str) -> tuple[str | None, str | None]:
             text += text_of(part.get("text"), place)
         else:
             raise ValueError(f"field `{place}` is a part that is not text: {kind or type(part).__name__}")
+        left |= {key for key in part if key not in ("type", "text", kind)}
     media.refuse_placeholders(text, field)
-    return text, thought or None
+    return text, thought or None, left
 
 
 def _tools(fields: Fields, messages: list[Message]) -> list[dict[str, Any]] | None:
