@@ -140,10 +140,10 @@ def plan(config: Config, place: Place) -> Plan:
     given = cli.given()
     warn(place, check.check(config, ds, place.world_size, settings_by_task(), _comparable(config, task), given))
     # a missing file is named before a model is converted
-    data_on_hub = None in [sources.files(spec) for spec in effect.sources(config).values()]
+    acts = {name: found.acts for name, found in sources.places(config.data).items()}
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
     model_on_hub = models.on_hub(config.model.path)
-    idle = effect.by_place(config, model_on_hub=model_on_hub, data_on_hub=data_on_hub)
+    idle = effect.by_place(config, model_on_hub=model_on_hub, acts=acts)
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train)
@@ -432,7 +432,7 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
 
 def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     """The training data's key, and what may be blamed where it differs."""
-    settings = ("source train validation validation_share split packages max_records max_length train_on "
+    settings = ("source train validation validation_share split subset header packages max_records max_length train_on "
                 "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow").split()  # fmt: skip
     task = {f"task.{name}": _plain(value) for name, value in vars(config.task).items() if name != "name"}
     return {

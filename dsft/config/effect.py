@@ -153,21 +153,37 @@ def by_task(config: Config, tasks: Mapping[str, Collection[str]]) -> Iterator[Id
         )
 
 
-def by_place(config: Config, *, model_on_hub: bool, data_on_hub: bool) -> Iterator[Idle]:
-    """What does nothing where model and data are."""
+def by_place(config: Config, *, model_on_hub: bool, acts: Mapping[str, Collection[str]]) -> Iterator[Idle]:
+    """What does nothing where model and data are.
+
+    Args:
+        config: The whole run.
+        model_on_hub: Whether the model is there.
+        acts: `data.train` and `data.validation`, as far as files or hub ids -> what of `split`, `subset` and `header`
+            has a meaning there.
+    """
     if not model_on_hub:
         yield Idle(
             "model.revision",
             f"{shown(config, 'model.revision')} does nothing with model.path={config.model.path}, which is no hub id "
             "but lies here: give that revision's directory as model.path, or leave model.revision out.",
         )
-    if not data_on_hub:
-        specs = [f"{name}={value}" for name, value in sources(config).items()] or ["data=pydoc"]
-        yield Idle(
-            "data.split",
-            f"{shown(config, 'data.split')} does nothing with {' and '.join(specs)}, which is no hub id: give the "
-            "split's own file as data.train, or leave data.split out.",
-        )
+    given = {"data.train": "data=pydoc", "data.validation": "data.validation=null"}
+    given |= {name: f"{name}={value}" for name, value in sources(config).items()}
+    for name, place in (("data.split", "data.train"), ("data.validation_split", "data.validation")):
+        if "split" not in acts.get(place, ()):
+            yield Idle(
+                name,
+                f"{shown(config, name)} does nothing with {given[place]}, which is no hub id, and no directory with "
+                f"files whose names say a split: give the split's own file as {place}, or leave {name} out.",
+            )
+    for name, need in (("subset", "hub id or directory with subsets"), ("header", "CSV or TSV file")):
+        if not any(name in parts for parts in acts.values()):
+            yield Idle(
+                f"data.{name}",
+                f"{shown(config, f'data.{name}')} does nothing with {' and '.join(given.values())}: there is no "
+                f"{need}. Leave data.{name} out.",
+            )
 
 
 def by_tokens(config: Config, *, tokens: int, embeddings: int, new: int, added: int) -> Iterator[Idle]:

@@ -198,13 +198,20 @@ class DataConfig:
     source: Source = setting(Source.files, by_group=True)
     """`files` reads `data.train`; `pydoc` makes records from installed Python documentation."""
     train: str | None = setting(None, acts=When("data.source", Source.files, choose="data=jsonl"))
-    """JSONL, JSON, Parquet, CSV or TSV file, directory or glob of these, or a hub id."""
+    """A file of any format in docs/DATA.md, a directory or glob of these, or a hub id."""
     validation: str | None = None
     """The same for evaluation; without it `data.validation_share` of the training records is held out."""
     validation_share: float = setting(0.02, range=BELOW_1, off_at_0=True)
     """Share of the training records held out for evaluation when `data.validation` is not given; 0 for none."""
     split: str = "train"
-    """Split to read when `data.train` is a hub id."""
+    """Split to read of `data.train`, where that is a hub id or a directory with several."""
+    validation_split: str = "validation"
+    """The same of `data.validation`."""
+    subset: str | None = None
+    """Subset (config) of a data set on the hub, of a clone of one, or a subdirectory; of `data.validation` too, where
+    that is the same place as `data.train`."""
+    header: list[str] = setting([])
+    """Names of the fields, in order, of CSV and TSV files that have no first line with them."""
     new_tokens: str | None = None
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
     Args:
         source: What was read.
         report: `read` (records), `dropped` (reason -> records), `parts_dropped` (reason -> parts of kept records),
-            `notes` (what is to be said of records -> records read) and `bad` (origin and problem of the first malformed
-            records).
+            `notes` (what is to be said of records -> records read), `bad` (origin and problem of the first malformed
+            records) and `files` (what was found of files, see `_about_files`).
         dataset: The split.
         held_out: Records that were kept, but for the other split.
     """
@@ -44,6 +45,7 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
     lengths = np.percentile(dataset.lengths, list(PERCENTILES.values()), method="lower")
     return {
         "source": source,
+        "files": report["files"],
         "records_read": report["read"],
         "records_kept": count_records(dataset),
         "records_held_out": held_out,
@@ -124,9 +126,25 @@ def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizer
             highlight=False,
         )
     for name, split in splits.items():
+        for line in _about_files(split["files"]):
+            console.print(Text(f"{name}: {line}"))
         for bad in split["bad_records"][:3]:
             console.print(Text(f"{name}: left out {bad['origin']}: {bad['problem']}"))
     console.print(Panel(_coloured(example_spans(example, tokenizer), console), title="Example", title_align="left"))
+
+
+def _about_files(files: dict[str, Any]) -> Iterator[str]:
+    """What there is to say of a split's files: `formats` (format -> files), `left_out` and `noticed` (what -> how many
+    `files`, and the `first` of them) and `unread` (settings of a data set's card)."""
+    if len(formats := files.get("formats", {})) > 1:
+        yield "files of several formats: " + ", ".join(f"{count} {kind}" for kind, count in formats.items())
+    for key, are in (("left_out", "left out"), ("noticed", "")):
+        for what, about in files.get(key, {}).items():
+            count, first = about["files"], ", ".join(about["first"])
+            more = ", ..." if count > len(about["first"]) else ""
+            yield f"{count} {'file' if count == 1 else 'files'} {what}{are and f', {are}'}: {first}{more}"
+    if unread := files.get("unread"):
+        yield f"settings of the data set's card that are not read: {', '.join(unread)}"
 
 
 def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -19,7 +19,23 @@ import numpy as np
 from filelock import FileLock
 
 from dsft.config.schema import DataConfig, OnBadRecord, Source
-from dsft.data import audit, blocks, json_array, pydoc, sources
+from dsft.data import (
+    arrow,
+    audit,
+    blocks,
+    card,
+    choice,
+    delimited,
+    document,
+    json_decoder,
+    json_stream,
+    json_text,
+    pydoc,
+    raw,
+    sources,
+    splits,
+    text,
+)
 from dsft.data import cache as entries
 from dsft.data.blocks import Encode
 from dsft.data.cache import Entry, Writer
@@ -77,11 +93,18 @@ class Readable(Protocol):
 
     name: str
 
+    @property
+    def key(self) -> str: ...
+
     def state(self) -> list[Any]: ...
 
     def fingerprint(self) -> str: ...
 
     def records(self) -> Iterable[Raw | BadRecord]: ...
+
+    def notes(self) -> dict[str, Any]: ...
+
+    def about(self) -> dict[str, Any]: ...
 
 
 def prepare(
@@ -105,21 +128,29 @@ def prepare(
     """
     if data.source is Source.files and not data.train:
         raise UserError("data.train is not set: give a file, directory, glob or hub id, or choose data=pydoc")
-    documentation = data.source is Source.pydoc
-    found = pydoc.Documentation(data.packages) if documentation else sources.Found(str(data.train), data.split)
+    places = sources.places(data)
+    found: Readable = places["data.train"] if "data.train" in places else pydoc.Documentation(data.packages)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
     train, held_out = _split(key, entry, 0.0 if data.validation else data.validation_share, seed)
-    parts: dict[str, Any] = {"train": audit.part(found.name, entry.report, train, audit.count_records(held_out))}
+    parts: dict[str, Any] = {
+        "train": audit.part(found.name, _report(found, entry), train, audit.count_records(held_out))
+    }
     validation: TokenDataset | None
     if data.validation:
-        key, entry = _entry(sources.Found(data.validation, data.split), data, encode, recipe, None)
+        key, entry = _entry(places["data.validation"], data, encode, recipe, None)
         validation = TokenDataset(key, entry, np.arange(len(entry)))
-        parts["validation"] = audit.part(data.validation, entry.report, validation, 0)
+        parts["validation"] = audit.part(data.validation, _report(places["data.validation"], entry), validation, 0)
     else:
         validation = held_out
-        unread = {"read": audit.count_records(held_out), "dropped": {}, "parts_dropped": {}, "notes": {}, "bad": []}
+        unread = {"read": audit.count_records(held_out), "bad": []}
+        unread |= {name: {} for name in ("dropped", "parts_dropped", "notes", "files")}
         parts["validation"] = audit.part(f"held out of {found.name}", unread, held_out, 0) if held_out else None
     return train, validation, parts
+
+
+def _report(found: Readable, entry: Entry) -> dict[str, Any]:
+    """What became of the records, and of the files that they came from."""
+    return {**entry.report, "files": {**found.about(), "noticed": entry.report["files"]}}
 
 
 def _split(key: str, entry: Entry, share: float, seed: int) -> tuple[TokenDataset, TokenDataset | None]:
@@ -141,7 +172,8 @@ def code_version(modules: Iterable[str]) -> str:
 
 @cache
 def _own_version() -> str:
-    modules = (sources, json_array, pydoc, blocks, entries)
+    readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow)
+    modules = (*readers, choice, splits, card, pydoc, blocks, entries)
     return code_version([__file__, *(str(module.__file__) for module in modules)])
 
 
@@ -154,7 +186,9 @@ def _entry(
 ) -> tuple[str, Entry]:
     """Key and entry of a source, which is built if it is not there whole."""
     root = Path(data.cache_dir).expanduser()
-    content = once_per_host(root / "read" / _hash(found.name.encode()), found.state, found.fingerprint)
+    content = once_per_host(
+        root / "read" / _hash(found.key.encode(errors="surrogateescape")), found.state, found.fingerprint
+    )
     about = {"content": content, "limit": limit, "on_bad_record": data.on_bad_record.value, "code": _own_version()}
     key = _hash(json.dumps({**about, "recipe": recipe}, sort_keys=True).encode())
     directory = root / "tokens" / key
@@ -202,7 +236,7 @@ def _fill(
     }
     if not examples:
         raise UserError(_nothing_left(found.name, counts, bad, verdicts))
-    return {**counts, "bad": bad}
+    return {**counts, "bad": bad, "files": found.notes()}
 
 
 def _nothing_left(name: str, counts: dict[str, Any], bad: list[list[str]], verdicts: set[str]) -> str:

@@ -80,7 +80,7 @@ class Documentation:
         UserError: A package is not installed, or has no Python source.
     """
 
-    name = "pydoc"
+    name = key = "pydoc"
 
     def __init__(self, packages: list[str]) -> None:
         self._packages = packages
@@ -102,6 +102,14 @@ class Documentation:
     def records(self) -> Iterator[Raw]:
         """See `records`."""
         return records(self._packages)
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing is noticed of its files, which Python itself can read."""
+        return {}
+
+    def about(self) -> dict[str, Any]:
+        """There is nothing to say of them."""
+        return {}
 
 
 def _standard_library() -> tuple[Path, list[Path]]:

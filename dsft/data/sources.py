@@ -1,91 +1,96 @@
-"""Records out of files and hubs: one reader per format, every record with the place it came from.
-
-JSON is read by the standard library, not through Arrow: Arrow would give every tool call the keys of all the others,
-and could not name the line of a mistake. CSV is read by the standard library too, since a data frame would guess types
-(an answer `007` would become 7, an answer `NA` nothing). Parquet is read by Arrow and hub ids by `datasets`.
-"""
+"""Records out of files and hubs: one reader per format, every record with the place it came from."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from dsft.data.json_array import elements
+from dsft.config.schema import DataConfig, Source
+from dsft.data import arrow, delimited, document, json_text
+from dsft.data.choice import Asked, choose
+from dsft.data.raw import BadRecord, Fields, Raw, Reading
+from dsft.data.text import PACKED, format_of, no_text
 from dsft.errors import UserError
 from dsft.runtime.content import disguise
 from dsft.runtime.files import describe, hash_file
 
-Fields = dict[str, Any]
+__all__ = ["READERS", "BadRecord", "Fields", "Found", "Raw"]
 
-PARQUET_ROWS = 256
-"""Rows of a Parquet file that are in memory at a time."""
+Reader = Callable[[Path, Reading], Iterator[Raw | BadRecord]]
 
+READERS: dict[str, Reader] = {
+    ".jsonl": json_text.records,
+    ".json": json_text.records,
+    ".ndjson": json_text.records,
+    ".csv": delimited.reader(",;\t"),
+    ".tsv": delimited.reader("\t"),
+    ".txt": document.records,
+    ".md": document.records,
+    ".parquet": arrow.parquet,
+    ".arrow": arrow.arrow,
+}
+"""Suffix -> reader. Those of text may be compressed, and have one of the suffixes of PACKED behind their own."""
 
-@dataclass
-class Raw:
-    """One record as it was found.
-
-    Attributes:
-        fields: Column or key -> value.
-        origin: `file:line`; for Parquet and hub ids the row, counted from 1.
-        notes: What the audit counts records by, filled in by whoever works on it.
-    """
-
-    fields: Fields
-    origin: str
-    notes: set[str] = field(default_factory=set)
-
-
-class BadRecord(UserError):
-    """One record is malformed; the ones after it may be fine.
-
-    Attributes:
-        origin: Where the record came from.
-        problem: What is wrong with it.
-    """
-
-    def __init__(self, origin: str, problem: str) -> None:
-        super().__init__(origin, problem)  # both, so that it survives pickling
-        self.origin, self.problem = origin, problem
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.problem} (data.on_bad_record=skip leaves such records out and lists them)"
+BINARY = {".parquet", ".arrow"}
+DELIMITED = {".csv", ".tsv"}
 
 
 class Found:
     """What a `spec` stands for, looked up once: its files, or the rows of a hub data set, which is loaded once at most.
 
     Args:
-        spec: Path of a file with a suffix in READERS; a directory, searched recursively; a glob, in which `**` goes
+        spec: Path of a file of a format in READERS; a directory, searched recursively; a glob, in which `**` goes
             through directories; or, where no such path exists, the `owner/name` of a data set on the hub.
-        split: Split of a hub data set.
+        asked: What of a data set on the hub, or of a directory that has splits or subsets, is meant.
+        header: Names of the fields of delimited files without a header line; empty if they have one.
 
     Raises:
-        UserError: Nothing is there, or the format is unknown.
+        UserError: Nothing is there, or nothing of a known format, or no such split or subset.
     """
 
-    def __init__(self, spec: str, split: str = "train") -> None:
-        self.name = spec
-        self._split = split
-        self._paths = files(spec)
+    def __init__(self, spec: str, asked: Asked | None = None, header: Sequence[str] = ()) -> None:
+        self.name, self._asked = spec, asked or Asked()
+        self._reading = Reading(tuple(header))
+        self._choice = choose(spec, self._asked, is_known)
+        if self._choice is None and not _looks_like_hub_id(spec):
+            raise UserError(f"{spec}: no such file, directory or glob, and not a hub id (owner/name)")
+        for path in self._choice.paths if self._choice else []:
+            if is_known(path) and (problem := disguise(path) if format_of(path) in BINARY else no_text(path)):
+                raise UserError(f"{path} is {problem}")
+        if self._choice is not None and not any(map(is_known, self._choice.paths)):
+            raise UserError(f"{spec}: no file of a known format (found {_names(Path(spec))}); supported are {_known()}")
+
+    @property
+    def key(self) -> str:
+        """Names it, with split and subset."""
+        subset = f"/{self._asked.subset}" if self._asked.subset else ""
+        return f"{self.name}{subset}[{self._asked.split}]"
+
+    @property
+    def acts(self) -> set[str]:
+        """What of `split`, `subset` and `header` has a meaning here."""
+        choice = self._choice
+        if choice is None:
+            return {"split", "subset"}
+        delimited = any(format_of(path) in DELIMITED for path in choice.paths)
+        said = {"split": choice.by_split, "subset": choice.by_subset, "header": delimited}
+        return {name for name, acts in said.items() if acts}
 
     @cached_property
     def _rows(self) -> Any:
-        return _hub(self.name, self._split)
+        return _hub(self.name, self._asked)
 
     def state(self) -> list[Any]:
         """What tells its content from an earlier one without reading it: names, sizes, times and inodes of files."""
-        return [self.name, self._split, *map(describe, self._paths or [])]
+        return [self.key, *map(describe, self._choice.paths if self._choice else [])]
 
     def fingerprint(self) -> str:
         """A hash of the content; renaming or moving files does not change it.
@@ -93,12 +98,12 @@ class Found:
         Raises:
             UserError: A file was written to meanwhile.
         """
-        if self._paths is None:
-            return f"{self.name}[{self._split}]{self._rows._fingerprint}"
-        digest = xxhash.xxh3_128()
-        for path in self._paths:
+        if self._choice is None:
+            return f"{self.key}{self._rows._fingerprint}"
+        digest = xxhash.xxh3_128(repr(self._reading.header).encode())
+        for path in self._choice.paths:
             before = describe(path)
-            digest.update(f"{path.suffix.lower()}:{path.stat().st_size}:".encode())
+            digest.update(f"{format_of(path)}:{path.suffix.lower()}:{path.stat().st_size}:".encode())
             hash_file(digest, path)
             if describe(path) != before:
                 raise UserError(f"{path} was written to while it was being read; start when it is whole")
@@ -112,178 +117,90 @@ class Found:
         Raises:
             UserError: A file as a whole cannot be read.
         """
-        if self._paths is None:
-            yield from _rows(self._rows, f"{self.name}[{self._split}]")
-        for path in self._paths or []:
-            yield from READERS[path.suffix.lower()](path)
+        if self._choice is None:
+            yield from _of_hub(self._rows, self.key)
+            return
+        for path in self._choice.paths:
+            read = 0
+            for record in READERS[format_of(path)](path, self._reading):
+                read += 1
+                yield record
+            if not read:
+                self._reading.note("empty", path)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What has been noticed of files while they were read: what -> `files` (how many) and `first` (some)."""
+        return self._reading.notes
+
+    def about(self) -> dict[str, Any]:
+        """What it is made of, for the audit: `formats` (format -> files) and `left_out` (why -> as for `notes`) and
+        `unread` (settings of its card)."""
+        if self._choice is None:
+            return {}
+        left_out = Reading()
+        for why, paths in self._choice.left_out.items():
+            for path in paths:
+                left_out.note(why, path)
+        return {"formats": dict(Counter(map(format_of, self._choice.paths))), "left_out": left_out.notes} | (
+            {"unread": self._choice.unread} if self._choice.unread else {}
+        )
 
 
-def files(spec: str) -> list[Path] | None:
-    """The files that `spec` stands for, sorted; None if it names a hub data set.
+def places(data: DataConfig) -> dict[str, Found]:
+    """Where records are read from, by setting; `data=pydoc` is none of these.
 
     Raises:
-        UserError: Nothing is there, or nothing of a known format.
+        UserError: As of `Found`.
     """
-    path = Path(spec).expanduser()
-    if _is_file(path):
-        found = [path]
-    elif path.is_dir():
-        found = [p for p in path.rglob("*") if _is_file(p) and not _hidden(p.relative_to(path))]
-    elif glob.has_magic(spec):
-        matches = glob.glob(str(path), recursive=True)
-        found = [match for match in map(Path, matches) if _is_file(match)]
-    elif _looks_like_hub_id(spec):
-        return None
-    else:
-        raise UserError(f"{spec}: no such file, directory or glob, and not a hub id (owner/name)")
-    for file in found:
-        if file.suffix.lower() in READERS and (problem := disguise(file, text=file.suffix.lower() != ".parquet")):
-            raise UserError(f"{file} is {problem}")
-    known = sorted(p for p in found if p.suffix.lower() in READERS)
-    if not known:
-        names = ", ".join(sorted(p.name for p in found)[:5]) or "nothing"
-        raise UserError(f"{spec}: no file of a known format (found {names}); supported are {', '.join(READERS)}")
-    return known
+    found = {}
+    if data.source is Source.files and data.train:
+        found["data.train"] = Found(data.train, Asked(data.split, data.subset), data.header)
+    if data.validation:
+        subset = data.subset if data.validation == data.train else None
+        asked = Asked(data.validation_split, subset, "data.validation_split")
+        found["data.validation"] = Found(data.validation, asked, data.header)
+    return found
 
 
-def _is_file(path: Path) -> bool:
-    """A file, or a link to something that is not there."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
+def is_known(path: Path) -> bool:
+    """Whether a file is of a format that can be read; one that is not of text is not to be compressed as a whole."""
+    kind = format_of(path)
+    return kind in READERS and not (kind in BINARY and path.suffix.lower() in PACKED)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _known() -> str:
+    texts = [suffix for suffix in READERS if suffix not in BINARY]
+    return f"{', '.join(READERS)}, and {', '.join(PACKED)} of {', '.join(texts)}"
+
+
+def _names(spec: Path) -> str:
+    """Names of some files that were found."""
+    spec = spec.expanduser()
+    if spec.is_file():
+        return spec.name
+    found = spec.rglob("*") if spec.is_dir() else map(Path, glob.iglob(str(spec), recursive=True))
+    return ", ".join(sorted(path.name for path in islice((p for p in found if p.is_file()), 1000))[:5]) or "nothing"
 
 
 def _looks_like_hub_id(spec: str) -> bool:
     """`owner/name` that is not simply a mistyped path."""
     owner, _, name = spec.partition("/")
-    is_path = Path(name).suffix.lower() in READERS or Path(owner).exists()
+    is_path = is_known(Path(name)) or Path(owner).exists()
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec)) and not is_path
 
 
-def _jsonl(path: Path) -> Iterator[Raw | BadRecord]:
-    # A binary file splits on \n alone; U+2028 and U+0085 are ordinary characters of a text.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            origin = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield _record(json.loads(text), origin)
-            except UnicodeDecodeError as error:
-                yield BadRecord(origin, f"not UTF-8: byte {error.object[error.start]:#04x} at column {error.start + 1}")
-            except json.JSONDecodeError as error:
-                yield BadRecord(origin, f"not JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:
-                yield BadRecord(origin, f"not JSON that can be read: {str(error)[:100]}")
-
-
-def _json(path: Path) -> Iterator[Raw | BadRecord]:
-    if (found := elements(path)) is not None:
-        for value, line in found:
-            yield _record(value, f"{path}:{line}")
-        return
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        document = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # several values: JSON Lines under the name of JSON
-            yield from _jsonl(path)
-            return
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
-    if isinstance(document, dict) and isinstance(document.get("data"), list):
-        yield from _data(text, document["data"], path)
-    else:
-        yield _record(document, f"{path}:1")
-
-
-def _data(text: str, data: list[Any], path: Path) -> Iterator[Raw | BadRecord]:
-    """The elements of the array under the key `data` of a valid document, each with the line it begins on."""
-    decode = json.JSONDecoder().raw_decode
-    blank: Any = re.compile(r"[\s,]*")
-    starts = (match.end() - 1 for match in re.finditer(r'"data"\s*:\s*\[', text))
-    at = next(at for at in starts if repr(decode(text, at)[0]) == repr(data))
-    line, counted = 1, 0
-    at = blank.match(text, at + 1).end()
-    while text[at] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        value, end = decode(text, at)
-        yield _record(value, f"{path}:{line}")
-        at = blank.match(text, end).end()
-
-
-def _record(value: Any, origin: str) -> Raw | BadRecord:
-    if isinstance(value, dict):
-        return Raw(value, origin)
-    return BadRecord(origin, f"a record is an object, but this is {type(value).__name__}")
-
-
-def _delimited(delimiter: str) -> Callable[[Path], Iterator[Raw | BadRecord]]:
-    def reader(path: Path) -> Iterator[Raw | BadRecord]:
-        csv.field_size_limit(2**31 - 1)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            try:
-                header = next(rows, [])
-                start = rows.line_num + 1
-                for row in rows:
-                    origin, start = f"{path}:{start}", rows.line_num + 1
-                    if len(row) == len(header):
-                        yield Raw(dict(zip(header, row, strict=True)), origin)
-                    elif row:
-                        yield BadRecord(origin, f"{len(row)} fields where the header has {len(header)}")
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{path}:{rows.line_num}: cannot be read as delimited UTF-8 text: {error}") from error
-
-    return reader
-
-
-def _parquet(path: Path) -> Iterator[Raw]:
-    import datasets
-    from pyarrow import parquet
-
-    try:
-        # `datasets` would hold a whole group of rows, and files often have but one
-        with parquet.ParquetFile(path) as file:
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=PARQUET_ROWS))
-            yield from _rows(map(features.decode_example, rows), str(path))
-    except Exception as error:  # Arrow and datasets each have their own
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
-
-
-def _hub(spec: str, split: str) -> Any:
+def _hub(spec: str, asked: Asked) -> Any:
     import datasets
 
+    subset = {"name": asked.subset} if asked.subset else {}
     try:
-        return datasets.load_dataset(spec, split=split)
+        return datasets.load_dataset(spec, split=asked.split, **subset)
     except Exception as error:  # network, permission, split and builder errors have no common base
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{spec}: no such path here, and as a hub id with data.split={split} it failed: {problem}"
-        ) from error
+        given = f"{asked.setting}={asked.split}" + (f" and data.subset={asked.subset}" if subset else "")
+        raise UserError(f"{spec}: no such path here, and as a hub id with {given} it failed: {problem}") from error
 
 
-def _rows(rows: Any, name: str) -> Iterator[Raw]:
+def _of_hub(rows: Any, name: str) -> Iterator[Raw]:
     for number, row in enumerate(rows, start=1):
-        yield Raw(_without_nulls(row), f"{name}:{number}")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Undo Arrow's filling in of keys that other rows have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Callable[[Path], Iterator[Raw | BadRecord]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
-}
-"""Suffix -> reader."""
+        yield Raw(arrow.without_nulls(row), f"{name}:{number}")

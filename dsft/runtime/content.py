@@ -49,7 +49,7 @@ def disguise(path: Path, text: bool = False) -> str | None:
     plain = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if PAGE.match(plain):
         return "a web page, such as a server's error message, saved under this name: download the file again"
-    return _no_utf8(head) if text else None
+    return no_utf8(head) if text else None
 
 
 def unsound_weights(path: Path) -> str | None:
@@ -86,7 +86,7 @@ def _unsound_safetensors(path: Path, size: int) -> str | None:
     return None
 
 
-def _no_utf8(head: bytes) -> str | None:
+def no_utf8(head: bytes) -> str | None:
     for mark, name in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return f"{name} text, not UTF-8: convert it, with `iconv -f {name} -t UTF-8` for example"

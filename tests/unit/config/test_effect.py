@@ -55,7 +55,7 @@ def length(given=None, **changes):
 
 
 def here(made: Config):
-    return by_place(made, model_on_hub=False, data_on_hub=False)
+    return by_place(made, model_on_hub=False, acts={})
 
 
 def test_of_every_setting_it_is_known_when_it_acts():
@@ -288,11 +288,22 @@ def test_a_schedule_whose_shape_has_no_room(settings, enough):
 
 
 def test_a_revision_and_a_split_are_of_the_hub():
-    settings = {"model__revision": "5e37820", "data__split": "test"}
-    revision, split = idle(settings, None, here)
+    settings = {"model__revision": "5e37820", "data__split": "test", "data__subset": "zh", "data__header": ["text"]}
+    settings |= {"data__validation": "y.jsonl", "data__validation_split": "dev"}
+    revision, split, held_out, subset, header = idle(settings, None, here)
     assert "model.revision=5e37820 does nothing with model.path=m" in revision
     assert "data.split=test does nothing with data.train=x.jsonl" in split
-    assert idle(settings, None, lambda made: by_place(made, model_on_hub=True, data_on_hub=True)) == []
+    assert "data.validation_split=dev does nothing with data.validation=y.jsonl" in held_out
+    assert subset.startswith(
+        "data.subset=zh does nothing with data.train=x.jsonl and data.validation=y.jsonl: there is"
+    )
+    assert header.startswith(
+        "data.header=[text] does nothing with data.train=x.jsonl and data.validation=y.jsonl: ther"
+    )
+    acts = {"data.train": {"split", "subset", "header"}, "data.validation": {"split"}}
+    assert idle(settings, None, lambda made: by_place(made, model_on_hub=True, acts=acts)) == []
+    (line,) = idle({"data__validation_split": "dev"}, None, here)
+    assert line.startswith("data.validation_split=dev does nothing with data.validation=null")
 
 
 @pytest.mark.parametrize(

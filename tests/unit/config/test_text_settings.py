@@ -64,6 +64,7 @@ def test_all_text_of_the_schema_is_known():
     assert {"name", "run_dir", "model.revision", "data.train", "train.resume", "tracking.project"} < set(TEXTS)
     assert set(LISTS) == {
         "data.packages",
+        "data.header",
         "data.ignore_fields",
         "tuning.trainable",
         "tuning.target_modules",

@@ -87,7 +87,7 @@ def test_spans_make_up_the_whole_text(tokenizer):
 def shown(prepared, tokenizer, **kwargs):
     file = io.StringIO()
     train, _, report = prepared
-    audit.show(report, train[0], tokenizer, Console(file=file, width=200, **kwargs))
+    audit.show(report, train[0], tokenizer, Console(file=file, width=400, **kwargs))
     return file.getvalue()
 
 
@@ -103,3 +103,31 @@ def test_with_colour_the_supervised_part_is_green(prepared, tokenizer):
     text = shown(prepared, tokenizer, force_terminal=True, color_system="standard")
     assert "\x1b[1;32m明<|im_end|>\x1b[0m" in text
     assert "⟦明" not in text
+
+
+def test_what_was_found_of_files_is_told_where_there_is_something_to_say(tmp_path, tokenizer):
+    rows = [{"prompt": "床前?", "completion": "明月"}, {"prompt": "a", "completion": "b"}] * 3
+    (tmp_path / "set").mkdir()
+    for name in ("train-a.jsonl", "train-b.jsonl", "test.jsonl"):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / "set" / name).write_text(lines, encoding="gb18030" if name == "train-b.jsonl" else "utf-8")
+    (tmp_path / "set/train-c.csv").write_text("prompt;completion\nx;y\n")
+    (tmp_path / "set/dev.json").write_text(json.dumps(rows))
+    places = {"train": str(tmp_path / "set"), "validation": str(tmp_path / "set")}
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), **places)
+    for _ in range(2):  # the second time from the cache
+        prepared = tiny.prepare(data, tokenizer)
+        files = prepared[2]["train"]["files"]
+        assert (prepared[2]["train"]["records_read"], prepared[2]["validation"]["records_read"]) == (13, 6)
+        assert files["formats"] == {".jsonl": 2, ".csv": 1}
+        assert files["noticed"]["decoded as GB18030"] == {"files": 1, "first": [str(tmp_path / "set/train-b.jsonl")]}
+        lines = shown(prepared, tokenizer).replace(f"{tmp_path}/set/", "").splitlines()
+        assert [line for line in lines if line.startswith(("train: ", "validation: "))] == [
+            "train: files of several formats: 2 .jsonl, 1 .csv",
+            "train: 1 file of the split test, left out: test.jsonl",
+            "train: 1 file of the split validation, left out: dev.json",
+            "train: 1 file decoded as GB18030: train-b.jsonl",
+            "train: 1 file with fields separated by ';': train-c.csv",
+            "validation: 1 file of the split test, left out: test.jsonl",
+            "validation: 3 files of the split train, left out: train-a.jsonl, train-b.jsonl, train-c.csv",
+        ]

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dsft.data import sources
+from dsft.data import arrow, sources
+from dsft.data.choice import Asked
 from dsft.data.sources import BadRecord
 from dsft.errors import UserError
 
@@ -62,7 +63,7 @@ def test_parquet_gives_up_the_nulls_that_arrow_fills_in(tmp_path):
 
 
 def test_parquet_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(arrow, "ROWS", 3)
     rows = [
         {"n": i, "f": i / 3, "t": "月" * i, "day": date(2026, 1, 1 + i), "many": [{"a": [i], "b": None}] * (i % 3)}
         for i in range(11)
@@ -71,7 +72,7 @@ def test_parquet_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=5)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     expected = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", streaming=True)
-    assert fields(tmp_path / "x.parquet") == [sources._without_nulls(row) for row in expected]
+    assert fields(tmp_path / "x.parquet") == [arrow.without_nulls(row) for row in expected]
     assert origins(tmp_path / "x.parquet") == [f"{tmp_path / 'x.parquet'}:{n}" for n in range(1, 12)]
 
 
@@ -108,7 +109,15 @@ def test_csv_rows_know_the_line_they_begin_on(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n\xff\xfe\n{"text": "c"}\n', "x.jsonl:2: not UTF-8: byte 0xff at column 1"),
         ("x.jsonl", b'{"text": "a"}\n["b"]\n{"text": "c"}\n', "x.jsonl:2: a record is an object, but this is list"),
         ("x.json", b'[{"text": "a"},\n3,\n{"text": "c"}]', "x.json:2: a record is an object, but this is int"),
+        (
+            "x.json",
+            b'[{"text": "a"},\n{"text": "\xff"},\n{"text": "c"}]',
+            "x.json:2: not UTF-8: byte 0xff at column 11",
+        ),
         ("x.csv", b"text\na\nb,b\nc\n", "x.csv:3: 2 fields where the header has 1"),
+        ("x.csv", b'text\na\n"b"b\nc\n', "x.csv:3: the quotes of this row do not match"),
+        ("x.csv", b"text\na\nb\xff\nc\n", "x.csv:3: not UTF-8: byte 0xff at column 2"),
+        ("x.csv", b"text\na\nb\0\nc\n", "x.csv:3: it holds a NUL byte"),
     ],
 )
 def test_a_bad_record_is_named_and_those_after_it_are_read(tmp_path, name, content, problem):
@@ -124,8 +133,7 @@ def test_a_bad_record_is_named_and_those_after_it_are_read(tmp_path, name, conte
     ("name", "content", "message"),
     [
         ("x.json", b'[{"text": "a"},\n{"text": ]', r"x.json:2: not JSON: Expecting value at column 10"),
-        ("x.json", b"\xff", "not UTF-8 at byte 0"),
-        ("x.csv", b'text\n"open', "x.csv:2: cannot be read"),
+        ("x.csv", b'text\n"open\n"shut"\nc', "x.csv:2: the quotes of this row do not match: .* on line 3"),
         ("x.parquet", b"not parquet", "x.parquet: cannot be read as Parquet"),
     ],
 )
@@ -136,7 +144,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def test_directories_and_globs_go_deep_in_sorted_order(tmp_path):
-    for name in ("b/2.jsonl", "a/deep/1.jsonl", "c.jsonl", "a/.hidden/x.jsonl", "a/notes.md"):
+    for name in ("b/2.jsonl", "a/deep/1.jsonl", "c.jsonl", "a/.hidden/x.jsonl", "a/notes.pdf"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / name, [{"text": name}])
     expected = [{"text": "a/deep/1.jsonl"}, {"text": "b/2.jsonl"}, {"text": "c.jsonl"}]
@@ -152,14 +160,14 @@ def test_directories_and_globs_go_deep_in_sorted_order(tmp_path):
         ("data/nowhere.jsonl", "data/nowhere.jsonl: no such file"),
         ("there/nowhere", "there/nowhere: no such file"),
         ("there/*.jsonl", r"there/\*.jsonl: no file of a known format \(found nothing\); supported are .jsonl, .json"),
-        ("there", r"there: no file of a known format \(found notes.md\); supported are"),
-        ("there/notes.md", r"notes.md: no file of a known format \(found notes.md\)"),
+        ("there", r"there: no file of a known format \(found notes.pdf\); supported are"),
+        ("there/notes.pdf", r"notes.pdf: no file of a known format \(found notes.pdf\)"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    (tmp_path / "there/notes.md").write_text("x")
+    (tmp_path / "there/notes.pdf").write_text("x")
     with pytest.raises(UserError, match=message):
         list(sources.Found(spec).records())
 
@@ -173,7 +181,7 @@ def test_a_name_with_an_owner_is_a_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (record,) = sources.Found("owner/some-set", split="test").records()
+    (record,) = sources.Found("owner/some-set", Asked("test")).records()
     assert (record.fields, record.origin) == ({"text": "a"}, "owner/some-set[test]:1")
     assert asked == [("owner/some-set", "test")]
 
@@ -209,22 +217,20 @@ def test_a_file_that_is_another_is_named_before_any_record(tmp_path, name, conte
     (tmp_path / name).write_bytes(content)
     for spec in (tmp_path / name, tmp_path, tmp_path / "*"):
         with pytest.raises(UserError, match=rf"{name} is {message}") as caught:
-            sources.files(str(spec))
+            sources.Found(str(spec))
         assert not isinstance(caught.value, BadRecord)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_text_in_another_encoding_is_named_and_utf8_with_a_mark_is_read(tmp_path, encoding):
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32"])
+def test_text_in_an_encoding_that_is_not_read_is_named(tmp_path, encoding):
     for name, text in (("a.jsonl", '{"text": "月"}\n'), ("a.json", '[{"text": "月"}]'), ("a.csv", "text\n月\n")):
         file = tmp_path / name
         file.write_text(text, encoding=encoding)
-        with pytest.raises(UserError, match=rf"{name} is {encoding.upper()} text, not UTF-8: convert it"):
-            sources.files(str(file))
-        file.write_text(text, encoding="utf-8-sig")
-        assert fields(file) == [{"text": "月"}]
+        with pytest.raises(UserError, match=rf"{name} is {encoding.upper().replace('6-', '6')} text, not UTF-8: conv"):
+            sources.Found(str(file))
 
 
 def test_a_link_into_an_annex_is_named(tmp_path):
     (tmp_path / "a.jsonl").symlink_to(".git/annex/objects/X/SHA256E-s3--0")
     with pytest.raises(UserError, match=r"a\.jsonl is a git-annex link"):
-        sources.files(str(tmp_path))
+        sources.Found(str(tmp_path))
