@@ -19,6 +19,7 @@ SEVERAL = {
         "metrics/test_metrics",
         "model/test_model_load",
         "optim/test_optim",
+        "tasks/test_masks",
         "tasks/test_mutations",
         "tasks/test_tasks",
         "tracking/test_tracking",
