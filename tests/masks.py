@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 Message = dict[str, Any]
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIALS = (
+    "<|begin_of_text|> <|end_of_text|> <|eom_id|> <|constrain|> <｜begin▁of▁sentence｜> <｜▁pad▁｜> "
     "<|im_start|> <|im_end|> <|endoftext|> <s> </s> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> "
     "<｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜> "
     "<｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜> <|start_header_id|> "
@@ -32,8 +33,19 @@ SPECIALS = (
     "<|tool_calls_section_begin|> <|tool_calls_section_end|> <|tool_call_begin|> <|tool_call_end|> "
     "<|tool_call_argument_begin|> ]~!b[ ]~b] [e~[ <|start|> <|message|> <|channel|> <|return|> <|call|> "
 ).split()
-WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+WORDS = (
+    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> </arg_key> <arg_value> "
+    "</arg_value> <minimax:tool_call> </minimax:tool_call>"
+).split()
 """Tokens that are added, but not special."""
+
+FIRST = {
+    "deepseek_v3": "<｜begin▁of▁sentence｜>",
+    "deepseek_r1": "<｜begin▁of▁sentence｜>",
+    "deepseek_v31": "<｜begin▁of▁sentence｜>",
+    "llama31": "<|begin_of_text|>",
+}
+"""Families whose text begins with a token of their own."""
 
 
 def _letters() -> dict[str, int]:
@@ -59,7 +71,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     )
     answers = ["\n" + turn["content"] + "\n" for turns in CONVERSATIONS.values() for turn in turns if turn["content"]]
     backend.train_from_iterator(answers * 4, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=FIRST.get(name, "<s>"), eos_token="</s>")
     made.add_tokens([AddedToken(one, special=False, normalized=False) for one in WORDS])
     made.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return made

@@ -49,6 +49,43 @@ def test_what_is_learnt_is_what_the_model_has_to_write(name, kind):
             assert masks.faults(shifted, expected, tokenizer(name)), "a span that is shifted by a token is not noticed"
 
 
+JUDGED = {
+    "qwen3": ("renderers.qwen3", "Qwen3Renderer", ()),
+    "deepseek_v3": ("renderers.deepseek_v3", "DeepSeekV3Renderer", ("tools", "parallel calls")),
+    "glm45": ("renderers.glm45", "GLM45Renderer", ("tools", "parallel calls")),
+    "nemotron3": ("renderers.nemotron3", "Nemotron3Renderer", ()),
+}
+"""Families that the package `renderers` writes too, without a system prompt of its own; there the kinds left out."""
+
+PROMPTED = {"glm45": ("\n",), "nemotron3": ("<think></think>", "<think>\n")}
+"""What the package and the template's own prompt see differently: GLM's prompt ends before a line break, which the
+package takes for given; Nemotron's ends behind the tag that it opens, which the package has the model write."""
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_second_method_agrees_with_the_package_renderers(name):
+    """Of each turn it says itself which tokens the model has written."""
+    room, kind_of_renderer, left_out = JUDGED[name]
+    renderer = getattr(pytest.importorskip(room), kind_of_renderer)(tokenizer(name))
+    compared = 0
+    for kind in CONVERSATIONS.keys() - FAMILIES[name].refused.keys() - set(left_out):
+        given = [{k: v for k, v in message.items() if k != "weight"} for message in CONVERSATIONS[kind]]
+        learnt = [n for n, m in enumerate(CONVERSATIONS[kind]) if m["role"] == "assistant" and m.get("weight") != 0]
+        expected = masks.turns(name, kind, tokenizer(name))
+        for turn, ours in zip(learnt, expected, strict=True):
+            theirs = renderer.render(given[: turn + 1], tools=TOOLS if kind in ("tools", "parallel calls") else None)
+            pieces = masks.token_bytes(tokenizer(name), np.array(theirs.token_ids))
+            ends = np.cumsum([len(piece) for piece in pieces])
+            written = np.array(theirs.sampled_mask) & (np.array(theirs.message_indices) == turn)
+            assert b"".join(pieces).startswith(ours.text), (kind, turn)
+            begin = int((ends - [len(piece) for piece in pieces])[written].min())
+            assert int(ends[written].max()) == len(ours.text), (kind, turn)
+            between = ours.text[min(begin, ours.begin) : max(begin, ours.begin)].decode()
+            assert between in ("", *PROMPTED.get(name, ())), (kind, turn)
+            compared += 1
+    assert compared > 10
+
+
 def test_tokens_do_merge_across_the_boundaries():
     """Else a boundary inside of a token would not have been tried."""
     tokens = tokenizer("glm45")
