@@ -57,8 +57,11 @@ def is_card(path: Path) -> bool:
     """Whether a file is a data set's card and no document: it has its name, and begins with YAML."""
     if path.name.lower() != CARD.lower():
         return False
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").startswith(b"---")
+    try:
+        with path.open("rb") as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").startswith(b"---")
+    except OSError:  # a link to nothing, or a file that may not be read: whoever wants its text will say so
+        return False
 
 
 def subsets(root: Path) -> list[Subset]:

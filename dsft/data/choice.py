@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from dsft.data.card import Subset, is_card, subsets
-from dsft.data.splits import by_split, same
+from dsft.data.splits import by_split, same, split_of
 from dsft.data.text import format_of
 from dsft.errors import UserError
 
@@ -96,11 +96,12 @@ def _of_directory(root: Path, asked: Asked, known: Callable[[Path], bool]) -> Ch
 
 
 def _of_glob(pattern: Path, asked: Asked, known: Callable[[Path], bool]) -> Choice:
-    """A glob that finds files of one split alone means that one, whichever it is."""
+    """A glob that says a split itself, as `test-*.jsonl`, means that one, whichever is asked for."""
     root = Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     chosen = _sorted_out([path for path in map(Path, glob.glob(str(pattern), recursive=True)) if is_file(path)], known)
     files = by_split(chosen.paths, root)
-    if len(files) > 1:
+    said = split_of(pattern.relative_to(root))
+    if not (said and len(files) == 1 and same(said, min(files))):
         _take(chosen, files, asked, pattern)
     return chosen
 
@@ -134,7 +135,7 @@ def _sorted_out(found: list[Path], known: Callable[[Path], bool]) -> Choice:
     listed = {path.parent: _listed(path) for path in found if path.name == "state.json"}
     for path in sorted(path for path in found if known(path)):
         names = listed.get(path.parent)
-        if path.name in METADATA or (names and path.name == "state.json") or (is_file(path) and _is_card(path)):
+        if path.name in METADATA or (names and path.name == "state.json") or is_card(path):
             left_out.setdefault("about the data set", []).append(path)
         elif names and path.suffix == ".arrow" and path.name not in names:
             left_out.setdefault("not in state.json", []).append(path)
@@ -145,10 +146,6 @@ def _sorted_out(found: list[Path], known: Callable[[Path], bool]) -> Choice:
         left_out["texts beside records"] = texts
         paths = [path for path in paths if path not in {*texts}]
     return Choice(paths, left_out=left_out)
-
-
-def _is_card(path: Path) -> bool:
-    return path.exists() and is_card(path)
 
 
 def _listed(state: Path) -> set[str] | None:

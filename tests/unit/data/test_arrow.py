@@ -1,5 +1,7 @@
 """Parquet and Arrow files as other programs write them; `save_to_disk` as `load_from_disk` reads it."""
 
+import struct
+
 import datasets
 import pandas
 import pyarrow as pa
@@ -85,7 +87,7 @@ def test_a_row_that_is_no_text_is_one_bad_record(tmp_path, monkeypatch, suffix):
             writer.write_table(table)
     found = list(Found(str(path)).records())
     assert [one.fields["text"] for one in found[::2]] == ["a", "月"] * 3
-    assert all(isinstance(one, BadRecord) and "cannot be decoded: 'utf-8'" in one.problem for one in found[1::2])
+    assert all(isinstance(one, BadRecord) and "Invalid UTF8 sequence" in one.problem for one in found[1::2])
     assert [one.origin for one in found] == [f"{path}:{n}" for n in range(1, 13)]
 
 
@@ -100,3 +102,16 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match=rf"x\.{suffix}: cannot be read as {suffix.capitalize()}"):
         fields(path)
+
+
+def test_a_layout_that_points_outside_of_the_file_does_not_end_the_process(tmp_path):
+    """Arrow itself would read there, and be killed."""
+    table, path = pa.table({"text": ["seven..", "eleven.....", "c"]}), tmp_path / "x.arrow"
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+    whole, ends = path.read_bytes(), struct.pack("<4i", 0, 7, 18, 19)
+    assert whole.count(ends) == 1
+    path.write_bytes(whole.replace(ends, struct.pack("<4i", 0, 7, 1 << 30, 19)))
+    first, *bad = Found(str(path)).records()
+    assert first.fields == {"text": "seven.."}
+    assert [isinstance(one, BadRecord) for one in bad] == [True, True]

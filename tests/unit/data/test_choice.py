@@ -6,8 +6,9 @@ import os
 import datasets
 import pytest
 
+from dsft.config.schema import DataConfig
 from dsft.data.choice import Asked
-from dsft.data.sources import Found
+from dsft.data.sources import Found, places
 from dsft.errors import UserError
 
 
@@ -51,11 +52,15 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path, spec
         Found(str(tmp_path / spec), Asked(setting="data.validation_split"))
 
 
-def test_a_glob_of_one_split_means_it(tmp_path):
-    lay_out(tmp_path, "train.jsonl", "test-a.jsonl", "test-b.jsonl")
+def test_a_glob_that_says_a_split_means_it(tmp_path):
+    lay_out(tmp_path, "train.jsonl", "test-a.jsonl", "test-b.jsonl", "dev/0.jsonl")
     assert read(tmp_path / "test-*.jsonl") == ["test-a.jsonl", "test-b.jsonl"]
+    assert read(tmp_path / "dev/*.jsonl") == read(tmp_path / "**/dev/*") == ["dev/0.jsonl"]
     assert read(tmp_path / "t*.jsonl") == ["train.jsonl"]
     assert read(tmp_path / "test-a.jsonl") == ["test-a.jsonl"]
+    assert Found(str(tmp_path / "test-*.jsonl")).acts == set()
+    with pytest.raises(UserError, match="no split train; there are test"):
+        read(tmp_path / "te*.jsonl")
 
 
 def test_where_no_name_says_a_split_all_are_read(tmp_path):
@@ -85,6 +90,17 @@ def test_subsets_are_directories(tmp_path):
     assert Found(str(tmp_path), Asked("train", "zh")).acts == {"split", "subset"}
     with pytest.raises(UserError, match=r"no subset de; there are data, en, fr, zh: choose one with data\.subset=NAME"):
         read(tmp_path, subset="de")
+
+
+def test_a_subset_of_the_validation_set_is_that_of_the_same_place_alone(tmp_path):
+    lay_out(tmp_path, "set/en/train.jsonl", "set/en/dev.jsonl", "set/zh/train.jsonl", "set/zh/dev.jsonl", "v.jsonl")
+    for validation, expected in (("set", ["zh/dev.jsonl"]), ("v.jsonl", ["v.jsonl"])):
+        data = DataConfig(train=str(tmp_path / "set"), validation=str(tmp_path / validation), subset="zh")
+        found = places(data)
+        texts = {
+            name: [one.fields["text"].removeprefix("set/") for one in some.records()] for name, some in found.items()
+        }
+        assert texts == {"data.train": ["zh/train.jsonl"], "data.validation": expected}
 
 
 @pytest.mark.parametrize("subset", ["..", ".", "/"])

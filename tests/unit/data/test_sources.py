@@ -1,10 +1,13 @@
 """Every format gives the same records, and a mistake is named by file and line."""
 
+import gzip
 import json
 import pickle
+import random
 from datetime import date
 
 import datasets
+import pandas
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -40,6 +43,85 @@ def test_every_format_gives_the_same_records(tmp_path):
     table.to_csv(str(tmp_path / "a.tsv"), index=False, sep="\t")
     for name in ("a.jsonl", "a.json", "d.json", "a.parquet", "a.csv", "a.tsv"):
         assert fields(tmp_path / name) == ROWS, name
+
+
+def test_what_pandas_and_datasets_write_is_what_they_hold(tmp_path):
+    frame, table = pandas.DataFrame(ROWS), datasets.Dataset.from_list(ROWS)
+    for suffix in ("", ".gz", ".bz2", ".xz"):
+        frame.to_json(tmp_path / f"lines.jsonl{suffix}", orient="records", lines=True)
+        frame.to_json(tmp_path / f"array.json{suffix}", orient="records", indent=1, force_ascii=False)
+        frame.to_csv(tmp_path / f"frame.csv{suffix}", index=False)
+    frame.to_json(tmp_path / "table.json", orient="table", index=False)
+    frame.to_csv(tmp_path / "excel.csv", index=False, sep=";", encoding="utf-8-sig", lineterminator="\r\n")
+    frame.to_parquet(tmp_path / "frame.parquet")
+    table.to_json(tmp_path / "datasets.jsonl")
+    table.to_json(tmp_path / "datasets.json", lines=False, force_ascii=False)
+    table.to_parquet(tmp_path / "datasets.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert fields(path) == ROWS, path.name
+    assert len([*tmp_path.iterdir()]) == 18
+
+
+def test_a_data_frame_written_by_columns_is_no_list_of_records(tmp_path):
+    pandas.DataFrame(ROWS).to_json(tmp_path / "split.json", orient="split")
+    assert [bad.problem for bad in sources.Found(str(tmp_path / "split.json")).records()] == [
+        "a record is an object, but this is list"
+    ] * 2
+
+
+DAMAGE = {
+    "x.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+    "g.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("gb18030"),
+    "u.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-16"),
+    "z.jsonl.gz": lambda rows: gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()),
+    "z.jsonl.zst": lambda rows: pa.compress(json.dumps(rows).encode(), codec="zstd", asbytes=True),
+    "a.json": lambda rows: json.dumps(rows, ensure_ascii=False, indent=1).encode(),
+    "d.json": lambda rows: json.dumps({"v": 1, "data": rows}).encode(),
+    "p.json": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows).encode(),
+    "x.csv": lambda rows: pandas.DataFrame(rows).to_csv(index=False).encode(),
+    "g.csv": lambda rows: pandas.DataFrame(rows).to_csv(index=False, sep=";").encode("gb18030"),
+    "x.txt": lambda rows: rows[0]["output"].encode(),
+    "x.parquet": lambda rows: pandas.DataFrame(rows).to_parquet(),
+    "x.arrow": lambda rows: _stream(pa.Table.from_pylist(rows)),
+}
+
+
+def _stream(table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_however_a_file_is_damaged_it_is_read_or_named(tmp_path, name):
+    """A byte changed, taken out or put in, a piece lost, doubled or zeroed: records, and messages that print."""
+    chance, path = random.Random(name), tmp_path / name
+    rows = [{"instruction": "月" * n, "output": 'a "b"\n[{c}]' * n} for n in range(1, 5)]
+    whole = DAMAGE[name](rows)
+    path.write_bytes(whole)
+    expected = len(fields(path))
+    refused = 0
+    for _ in range(150):
+        at, size = chance.randrange(len(whole)), chance.choice([1, 1, 1, 2, 30])
+        piece = whole[at : at + size]
+        put = chance.choice([b"", bytes(len(piece)), chance.randbytes(size), piece * 2, whole[-size:]])
+        path.write_bytes(whole[:at] if chance.random() < 0.2 else whole[:at] + put + whole[at + size :])
+        try:
+            found = list(sources.Found(str(path)).records())
+        except UserError as error:
+            str(error).encode()
+            assert name in str(error)
+            refused += 1
+            continue
+        for one in found:
+            if isinstance(one, BadRecord):
+                assert one.problem
+                str(one).encode()
+            else:
+                json.dumps(one.fields, ensure_ascii=False, default=repr).encode()
+        assert len(found) <= expected + 30
+    assert refused < 150 or name.startswith(("x.p", "z."))
 
 
 def test_jsonl_splits_on_newlines_alone_and_bears_bom_blank_lines_and_crlf(tmp_path):
@@ -184,6 +266,22 @@ def test_a_name_with_an_owner_is_a_hub_id(tmp_path, monkeypatch):
     (record,) = sources.Found("owner/some-set", Asked("test")).records()
     assert (record.fields, record.origin) == ({"text": "a"}, "owner/some-set[test]:1")
     assert asked == [("owner/some-set", "test")]
+
+
+def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(spec, split, name):
+        asked.append((spec, split, name))
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = sources.Found("owner/set", Asked("test", "zh"))
+    assert [record.origin for record in found.records()] == ["owner/set/zh[test]:1"]
+    assert asked == [("owner/set", "test", "zh")]
+    assert found.acts == {"split", "subset"}
+    assert found.fingerprint() != sources.Found("owner/set", Asked("test", "en")).fingerprint()
 
 
 def test_a_hub_id_that_fails_says_that_it_is_no_path_either(tmp_path, monkeypatch):
