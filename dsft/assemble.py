@@ -32,7 +32,7 @@ from dsft.ds_config import build as build_ds_config
 from dsft.engine import Engine, building
 from dsft.errors import UserError
 from dsft.evaluate import Evaluator
-from dsft.metrics import Metric, comparable, declare
+from dsft.metrics import Metric, Row, comparable, declare
 from dsft.model import attention, export, layout, rows, tuning, vocabulary
 from dsft.model import load as models
 from dsft.model.kind import Inseparable
@@ -93,6 +93,7 @@ class Plan:
         model: What is known of the model.
         train_set: Training examples.
         validation: Validation examples, or None.
+        test: Test examples, or None.
         audit: What became of the records.
         packing: What `data.packing=auto` means here.
         why: Why it means that; None where the setting itself says it.
@@ -108,6 +109,7 @@ class Plan:
     model: Model
     train_set: dataset.TokenDataset
     validation: dataset.TokenDataset | None
+    test: dataset.TokenDataset | None
     audit: dict[str, Any]
     packing: Packing
     why: str | None
@@ -147,7 +149,7 @@ def plan(config: Config, place: Place) -> Plan:
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train)
-    train_set, validation, audit = _data(config, task, context)
+    data = _data(config, task, context)
     packing, why = config.data.packing, None
     if packing is Packing.auto:
         why = layout.why_padded(task.kind, model.config)
@@ -158,12 +160,13 @@ def plan(config: Config, place: Place) -> Plan:
         precision=precision,
         ds=ds,
         model=model,
-        train_set=train_set,
-        validation=validation,
-        audit=audit,
+        train_set=data.train,
+        validation=data.validation,
+        test=data.test,
+        audit=data.audit | {"example": audits.example_spans(data.train[0], model.tokenizer)},
         why=why,
         collator=Collator(task, context, packing is Packing.padded),
-        **_pack(config, sizes, train_set, packing),
+        **_pack(config, sizes, data.train, packing),
     )
     _check_lengths(config, place, made)
     return made
@@ -233,10 +236,8 @@ def _vocabulary(
     return words, effect.enforce(config, idle, cli.given())
 
 
-def _data(
-    config: Config, task: Task, context: Context
-) -> tuple[dataset.TokenDataset, dataset.TokenDataset | None, dict[str, Any]]:
-    """Training set, validation set and audit."""
+def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
+    """What is trained on and what is held out."""
     recipe = {
         "task": {name: _plain(value) for name, value in vars(config.task).items()},
         "tokenizer": models.tokenizer_fingerprint(context.tokenizer),
@@ -246,12 +247,13 @@ def _data(
         "on_rewritten_history": config.data.on_rewritten_history.value,
         "reasoning": config.data.reasoning.value,
         "ignore_fields": sorted(config.data.ignore_fields),
+        "group_by_field": config.data.group_by_field,
+        "stratify_by_field": config.data.stratify_by_field,
         "on_overflow": config.data.on_overflow.value,
         "code": [_tasks_version(), transformers.__version__, tokenizers.__version__],
     }
     encode = partial(tasks.encode, task=task, context=context)
-    train_set, validation, report = dataset.prepare(config.data, encode, recipe, config.train.seed)
-    return train_set, validation, report | {"example": audits.example_spans(train_set[0], context.tokenizer)}
+    return dataset.prepare(config.data, encode, recipe, config.train.seed)
 
 
 @cache
@@ -278,7 +280,7 @@ def _check_lengths(config: Config, place: Place, made: Plan) -> None:
         switches_after=models.rotation_switch(made.model.config),
         micro_batch_size=made.sizes.micro_batch_size,
         train=lengths.tolist(),
-        validation=validation.lengths.tolist() if validation else [],
+        validation=[length for part in (validation, made.test) if part for length in part.lengths.tolist()],
     )
     length = effect.Length(
         held_out=len(validation or []),
@@ -382,11 +384,23 @@ def loader(made: Plan, world: World) -> Loader:
 
 def evaluator(config: Config, made: Plan, world: World) -> Evaluator | None:
     """What evaluates the validation set, if there is one."""
-    if made.validation is None:
+    return _evaluator(config, made, world, made.validation, Row.EVALUATION)
+
+
+def tester(config: Config, made: Plan, world: World) -> Evaluator | None:
+    """What evaluates the test set, if there is one."""
+    return _evaluator(config, made, world, made.test, Row.TEST)
+
+
+def _evaluator(
+    config: Config, made: Plan, world: World, data: dataset.TokenDataset | None, row: Row
+) -> Evaluator | None:
+    if data is None:
         return None
     budget = made.sizes.micro_batch_size * config.data.max_length
     stops = made.model.stopping.tokens
-    return Evaluator(made.validation, made.collator, world, made.metrics, config.eval.micro_batch_size, budget, stops)
+    size = config.eval.micro_batch_size
+    return Evaluator(data, made.collator, world, made.metrics, size, budget, stops, row)
 
 
 def probe(made: Plan) -> Batch:
@@ -432,8 +446,11 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
 
 def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     """The training data's key, and what may be blamed where it differs."""
-    settings = ("source train validation validation_share split subset header packages max_records max_length train_on "
-                "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow").split()  # fmt: skip
+    settings = (
+        "source train validation validation_share test test_share group_by_field stratify_by_field split subset header "
+        "packages max_records max_length train_on on_rewritten_history reasoning ignore_fields on_bad_record "
+        "on_overflow"
+    ).split()
     task = {f"task.{name}": _plain(value) for name, value in vars(config.task).items() if name != "name"}
     return {
         "key": made.train_set.key,

@@ -34,6 +34,7 @@ class Evaluator:
         micro_batch_size: Documents per forward pass; None fills `token_budget`.
         token_budget: Tokens of a forward pass.
         stop_tokens: Token ids that end a generated answer.
+        row: Which rows its metrics stand in: EVALUATION or TEST.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Evaluator:
         micro_batch_size: int | None,
         token_budget: int,
         stop_tokens: Sequence[int] = (),
+        row: Row = Row.EVALUATION,
     ):
+        self._row = row
         self._dataset = dataset
         self._collator = collator
         self._world = world
@@ -71,7 +74,7 @@ class Evaluator:
         """
         begun = time.perf_counter()
         tally, examples = Tally(), 0
-        with bar("evaluate", len(self._batches)) as advance:
+        with bar("evaluate" if self._row is Row.EVALUATION else "test", len(self._batches)) as advance:
             for documents in self._batches:
                 parts = [self._dataset[int(number)] for number in self._examples[documents]]
                 batch = self._collator.evaluate(parts, self._views[documents].tolist())
@@ -80,7 +83,7 @@ class Evaluator:
                 advance(1)
         sums = tally.read()
         quantities = {"examples": examples, "eval_seconds": time.perf_counter() - begun}
-        return form(self._metrics, Row.EVALUATION, across(self._world.gather, sums, quantities))
+        return form(self._metrics, self._row, across(self._world.gather, sums, quantities))
 
     def answers(self, engine: Engine) -> tuple[list[dict[str, str]], list[str]]:
         """The task's samples of the first validation examples; all ranks call it, and all make the same.

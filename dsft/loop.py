@@ -60,6 +60,7 @@ class Loop:
         engine: Takes steps.
         loader: Hands out steps.
         evaluator: Evaluates, or None where there is no validation set.
+        tester: Evaluates the test set at the end, or None where there is none.
         metrics: All that the run declares, by name.
         schedule: The learning rate's multiplier.
         tracker: Where metrics go.
@@ -81,6 +82,7 @@ class Loop:
         engine: Engine,
         loader: Loader,
         evaluator: Evaluator | None,
+        tester: Evaluator | None = None,
         metrics: Mapping[str, Metric],
         schedule: Schedule,
         tracker: Tracker | NullTracker,
@@ -98,6 +100,7 @@ class Loop:
         self.engine = engine
         self.loader = loader
         self.evaluator = evaluator
+        self.tester = tester
         self.metrics = metrics
         self.schedule = schedule
         self.tracker = tracker
@@ -146,6 +149,9 @@ class Loop:
                 signal = signal or self.stopping.now()
             if last:
                 self.counters.finished = "steps"
+            if self.counters.finished and self.tester:
+                row = self.tester.metrics(self.engine, self.tracker.bar)
+                self.tracker.write({"step": self.counters.step, **row})
             if improved or signal or self.counters.finished or self._due(self.train.save_every):
                 self.save()
             if signal:

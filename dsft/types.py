@@ -59,6 +59,9 @@ class Example:
         record: Which record of its data set it was made of.
         truncated: Whether tokens were cut off to fit `data.max_length`.
         number: Which example of its data set it is; noise is drawn by it.
+        content: A hash of what its record says; equal for records that say the same.
+        group: A hash of its record's group, 0 for none: records of a group are held out together or not at all.
+        stratum: A hash of its record's stratum: each is held out by the same share.
     """
 
     columns: dict[str, np.ndarray]
@@ -67,6 +70,9 @@ class Example:
     record: int = 0
     truncated: bool = False
     number: int = 0
+    content: int = 0
+    group: int = 0
+    stratum: int = 0
 
     @property
     def ids(self) -> np.ndarray:

@@ -242,7 +242,8 @@ def prepare(data: DataConfig, tokens, fingerprint: str = "t", seed: int = 0, nam
     context = Context(tokens, data, TaskConfig(name=name, **settings), train=TrainConfig(seed=seed))
     recipe = {"tokenizer": fingerprint, "template": tokens.chat_template, "length": data.max_length}
     recipe |= {"train_on": data.train_on.name, "overflow": data.on_overflow.name, "task": vars(context.task)}
-    return dataset.prepare(data, partial(encode, task=TASKS[name], context=context), recipe, seed)
+    made = dataset.prepare(data, partial(encode, task=TASKS[name], context=context), recipe, seed)
+    return made.train, made.validation, made.audit
 
 
 def conversation(fields: dict, origin: str = ""):

@@ -101,6 +101,7 @@ def _choose(
         "data.new_tokens": plan.model.words.identity,
         "the training data (data.*)": plan.train_set.key,
         "the validation data (data.*)": plan.validation.key if plan.validation else "none",
+        "the test data (data.*)": plan.test.key if plan.test else "none",
         "the model (model.path)": plan.model.source.fingerprint,
         "precision": plan.precision.value,
     }.items():
@@ -131,6 +132,7 @@ def _loop(
         engine=engine,
         loader=assemble.loader(plan, world),
         evaluator=assemble.evaluator(config, plan, world),
+        tester=assemble.tester(config, plan, world),
         metrics=plan.metrics,
         schedule=Schedule(config.schedule, plan.total_steps, plan.metrics[config.schedule.metric].better),
         tracker=tracker,

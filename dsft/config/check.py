@@ -218,6 +218,12 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.source is Source.files and data.train is None:
         yield "data.source=files without data.train: add data.train=FILE, or choose data=pydoc."
+    share = data.validation_share + data.test_share
+    if share >= 1 and 0 < data.test_share < 1:
+        yield (
+            f"data.validation_share={data.validation_share:g} and data.test_share={data.test_share:g} are {share:g} "
+            "together, which leaves nothing to train on: lower them."
+        )
 
 
 def _tuning(config: Config) -> Iterator[str]:

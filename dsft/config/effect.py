@@ -115,6 +115,7 @@ def by_config(config: Config) -> Iterator[Idle]:
     elif data.validation_share == 0:
         why = "data.validation_share=0 without data.validation holds nothing out"
         yield from _without_evaluation(config, why, "a data.validation_share")
+    yield from _without_shares(config)
     if not train.early_stopping_patience:
         yield Idle(
             "train.early_stopping_min_delta",
@@ -135,6 +136,24 @@ def by_config(config: Config) -> Iterator[Idle]:
                 name,
                 f"{shown(config, name)} watches evaluations, and train.eval_every=0 has none along the way: raise it.",
             )
+
+
+def _without_shares(config: Config) -> Iterator[Idle]:
+    """Settings of what is held out of the training records, where that is nothing."""
+    data = config.data
+    if data.test is not None:
+        yield Idle(
+            "data.test_share",
+            f"{shown(config, 'data.test_share')} does nothing with data.test={data.test}, which is another way to say "
+            "the same: leave one of them out.",
+        )
+    shares = (data.validation is None and data.validation_share) or (data.test is None and data.test_share)
+    for name in () if shares else ("data.group_by_field", "data.stratify_by_field"):
+        yield Idle(
+            name,
+            f"{shown(config, name)} does nothing where no record is held out: give data.validation_share or "
+            f"data.test_share, or leave {name} out.",
+        )
 
 
 def by_task(config: Config, tasks: Mapping[str, Collection[str]]) -> Iterator[Idle]:
@@ -168,9 +187,14 @@ def by_place(config: Config, *, model_on_hub: bool, acts: Mapping[str, Collectio
             f"{shown(config, 'model.revision')} does nothing with model.path={config.model.path}, which is no hub id "
             "but lies here: give that revision's directory as model.path, or leave model.revision out.",
         )
-    given = {"data.train": "data=pydoc", "data.validation": "data.validation=null"}
+    given = {"data.train": "data=pydoc", "data.validation": "data.validation=null", "data.test": "data.test=null"}
     given |= {name: f"{name}={value}" for name, value in sources(config).items()}
-    for name, place in (("data.split", "data.train"), ("data.validation_split", "data.validation")):
+    read = [words for name, words in given.items() if name != "data.test" or config.data.test]
+    for name, place in (
+        ("data.split", "data.train"),
+        ("data.validation_split", "data.validation"),
+        ("data.test_split", "data.test"),
+    ):
         if "split" not in acts.get(place, ()):
             yield Idle(
                 name,
@@ -181,7 +205,7 @@ def by_place(config: Config, *, model_on_hub: bool, acts: Mapping[str, Collectio
         if not any(name in parts for parts in acts.values()):
             yield Idle(
                 f"data.{name}",
-                f"{shown(config, f'data.{name}')} does nothing with {' and '.join(given.values())}: there is no "
+                f"{shown(config, f'data.{name}')} does nothing with {' and '.join(read)}: there is no "
                 f"{need}. Leave data.{name} out.",
             )
 
@@ -289,7 +313,8 @@ def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
 def sources(config: Config) -> dict[str, str]:
     """Where records are read from, by setting; neither path nor hub id stands for `data=pydoc`."""
     data = config.data
-    specs = {"data.train": data.train if data.source is Source.files else None, "data.validation": data.validation}
+    specs = {"data.train": data.train if data.source is Source.files else None}
+    specs |= {"data.validation": data.validation, "data.test": data.test}
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 

@@ -207,11 +207,21 @@ class DataConfig:
     """Split to read of `data.train`, where that is a hub id or a directory with several."""
     validation_split: str = "validation"
     """The same of `data.validation`."""
+    test_split: str = "test"
+    """The same of `data.test`."""
     subset: str | None = None
     """Subset (config) of a data set on the hub, of a clone of one, or a subdirectory; of `data.validation` too, where
     that is the same place as `data.train`."""
     header: list[str] = setting([])
     """Names of the fields, in order, of CSV and TSV files that have no first line with them."""
+    test: str | None = None
+    """The same as `data.validation` for a test set, which nothing is chosen by: it is evaluated once, at the end."""
+    test_share: float = setting(0.0, range=BELOW_1)
+    """Share of the training records held out for that test when `data.test` is not given."""
+    group_by_field: str | None = None
+    """Field of a record by which records are held out together or not at all; `a.b` is a field inside of a field."""
+    stratify_by_field: str | None = None
+    """Field of a record of whose every value the same share is held out."""
     new_tokens: str | None = None
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""

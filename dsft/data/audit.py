@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from dsft.data.held_out import repeated
 from dsft.types import Example
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
         "records_read": report["read"],
         "records_kept": count_records(dataset),
         "records_held_out": held_out,
+        "records_repeated": repeated(dataset.contents[begins(dataset.records)]),
         "records_dropped": report["dropped"],
         "records_truncated": int(begins(dataset.records[dataset.truncated]).sum()),
         "examples": len(dataset),
@@ -110,7 +112,7 @@ def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
 
 def show(audit: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
     """Print the audit as a table and one example; its supervised part is green, or in ⟦brackets⟧ without colour."""
-    splits = {name: audit[name] for name in ("train", "validation") if audit.get(name)}
+    splits = {name: audit[name] for name in ("train", "validation", "test") if audit.get(name)}
     table = Table(title="Data", title_justify="left")
     table.add_column("")
     for name in splits:
@@ -161,7 +163,12 @@ def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         for label, key in (
             ("records read", "records_read"),
             ("records kept", "records_kept"),
-            ("held out for validation", "records_held_out"),
+            ("held out", "records_held_out"),
+            *(
+                [("say what an earlier one says", "records_repeated")]
+                if any(split["records_repeated"] for split in splits)
+                else []
+            ),
             *([("examples of these", "examples")] if several else []),
             ("truncated", "records_truncated"),
             ("tokens", "tokens"),
@@ -169,6 +176,9 @@ def _rows(splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         )
         if key in splits[0]
     }
+    also = [split.get("records_also_trained_on", 0) for split in splits]
+    if any(also):
+        dropped["warning: also trained on"] = [f"{count:,}" for count in also]
     supervised = [f"{split['supervised_share']:.1%}" for split in splits if "supervised_share" in split]
     rest = {
         **({"supervised share": supervised} if supervised else {}),

@@ -47,6 +47,7 @@ class Block:
         weights: Weight of each, float64.
         records: Which record of the block each was made of, int64.
         truncated: Whether each was cut off, bool.
+        contents: A hash of what each one's record says, uint64; likewise groups and strata.
         dropped: Reason -> records that made no example.
         parts_dropped: Reason -> parts of records that made other examples.
         verdicts: What to say where every record was dropped.
@@ -61,6 +62,9 @@ class Block:
     weights: np.ndarray = field(default_factory=lambda: np.empty(0, np.float64))
     records: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     truncated: np.ndarray = field(default_factory=lambda: np.empty(0, np.bool_))
+    contents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    strata: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     dropped: Counter[str] = field(default_factory=Counter)
     parts_dropped: Counter[str] = field(default_factory=Counter)
     verdicts: set[str] = field(default_factory=set)
@@ -215,6 +219,9 @@ def _lay_out(block: Block, examples: list[tuple[int, str, Example]]) -> None:
     block.weights = np.array([example.weight for example in made], np.float64)
     block.truncated = np.array([example.truncated for example in made], np.bool_)
     block.records = np.array(numbers, np.int64)
+    block.contents = np.array([example.content for example in made], np.uint64)
+    block.groups = np.array([example.group for example in made], np.uint64)
+    block.strata = np.array([example.stratum for example in made], np.uint64)
 
 
 def _dtypes(origin: str, example: Example) -> dict[str, np.dtype]:

@@ -24,6 +24,7 @@ from dsft.runtime.files import describe, hash_file
 from dsft.runtime.once import once_per_host
 
 PER_EXAMPLE = {"tokens": np.int32, "weights": np.float64, "records": np.int64, "truncated": np.bool_}
+PER_EXAMPLE |= dict.fromkeys(("contents", "groups", "strata"), np.uint64)
 """Arrays with a number for each example."""
 
 
@@ -53,6 +54,9 @@ class Entry:
         weights: Weight of each, float64.
         records: Which record of the data set, counted from 0 in the order read, each was made of; int64, never falling.
         truncated: Whether each was cut off, bool.
+        contents: A hash of what each one's record says, uint64.
+        groups: A hash of its group, 0 for none, uint64.
+        strata: A hash of its stratum, uint64.
         report: What became of the records: `read`, `dropped`, `parts_dropped` and `bad`.
     """
 
@@ -61,6 +65,9 @@ class Entry:
     weights: np.ndarray
     records: np.ndarray
     truncated: np.ndarray
+    contents: np.ndarray
+    groups: np.ndarray
+    strata: np.ndarray
     report: dict[str, Any]
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from dsft.data import (
     choice,
     delimited,
     document,
+    held_out,
     json_decoder,
     json_stream,
     json_text,
@@ -69,6 +71,11 @@ class TokenDataset:
         return self.entry.truncated[self.selection]
 
     @property
+    def contents(self) -> np.ndarray:
+        """A hash of what each example's record says, uint64."""
+        return self.entry.contents[self.selection]
+
+    @property
     def records(self) -> np.ndarray:
         """Which record each example was made of, int64, never falling."""
         return self.entry.records[self.selection]
@@ -107,14 +114,28 @@ class Readable(Protocol):
     def about(self) -> dict[str, Any]: ...
 
 
-def prepare(
-    data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int
-) -> tuple[TokenDataset, TokenDataset | None, dict[str, Any]]:
-    """The training set, the validation set and the audit of both.
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run.
 
-    Without `data.validation`, `data.validation_share` of the kept training records, chosen by `seed`, is held out:
-    at least one if there are two. All examples of a record are on the same side. The validation set is None if there
-    is nothing to hold out.
+    Attributes:
+        train: Training set.
+        validation: Validation set, or None.
+        test: Test set, or None.
+        audit: What became of the records of each.
+    """
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    test: TokenDataset | None
+    audit: dict[str, Any]
+
+
+def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int) -> Prepared:
+    """Training, validation and test set, and the audit of them.
+
+    Without `data.validation`, `data.validation_share` of the kept training records is held out, and likewise for the
+    test (`held_out.sides`). All examples of a record are on the same side.
 
     Args:
         data: What to read.
@@ -131,21 +152,42 @@ def prepare(
     places = sources.places(data)
     found: Readable = places["data.train"] if "data.train" in places else pydoc.Documentation(data.packages)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
-    train, held_out = _split(key, entry, 0.0 if data.validation else data.validation_share, seed)
-    parts: dict[str, Any] = {
-        "train": audit.part(found.name, _report(found, entry), train, audit.count_records(held_out))
-    }
-    validation: TokenDataset | None
-    if data.validation:
-        key, entry = _entry(places["data.validation"], data, encode, recipe, None)
-        validation = TokenDataset(key, entry, np.arange(len(entry)))
-        parts["validation"] = audit.part(data.validation, _report(places["data.validation"], entry), validation, 0)
-    else:
-        validation = held_out
-        unread = {"read": audit.count_records(held_out), "bad": []}
-        unread |= {name: {} for name in ("dropped", "parts_dropped", "notes", "files")}
-        parts["validation"] = audit.part(f"held out of {found.name}", unread, held_out, 0) if held_out else None
-    return train, validation, parts
+    shares = [0.0 if given else share for given, share in ((data.validation, data.validation_share),
+                                                           (data.test, data.test_share))]  # fmt: skip
+    train, *held = _split(key, entry, shares, seed)
+    assert train is not None, "no share is the whole"
+    held_records = sum(audit.count_records(part) for part in held)
+    parts: dict[str, Any] = {"train": audit.part(found.name, _report(found, entry), train, held_records)}
+    given = {"validation": data.validation, "test": data.test}
+    sets: dict[str, TokenDataset | None] = dict(zip(given, held))
+    for name, spec in given.items():
+        if spec:
+            own_key, own = _entry(places[f"data.{name}"], data, encode, recipe, None)
+            chosen = TokenDataset(own_key, own, np.arange(len(own)))
+            parts[name] = audit.part(spec, _report(places[f"data.{name}"], own), chosen, 0)
+            sets[name] = chosen
+        else:
+            parts[name] = _held_out_part(found.name, sets[name])
+        if parts[name]:
+            parts[name]["records_also_trained_on"] = _also(train, sets[name])
+    return Prepared(train, sets["validation"], sets["test"], parts)
+
+
+def _held_out_part(name: str, held: TokenDataset | None) -> dict[str, Any] | None:
+    """The audit of what was held out of a source."""
+    if held is None:
+        return None
+    unread = {"read": audit.count_records(held), "bad": []}
+    unread |= {key: {} for key in ("dropped", "parts_dropped", "notes", "files")}
+    return audit.part(f"held out of {name}", unread, held, 0)
+
+
+def _also(train: TokenDataset, other: TokenDataset | None) -> int:
+    """How many records of another set say what one of the training set says."""
+    if other is None:
+        return 0
+    first = audit.begins(other.records)
+    return int(np.isin(other.contents[first], train.contents).sum())
 
 
 def _report(found: Readable, entry: Entry) -> dict[str, Any]:
@@ -153,16 +195,13 @@ def _report(found: Readable, entry: Entry) -> dict[str, Any]:
     return {**entry.report, "files": {**found.about(), "noticed": entry.report["files"]}}
 
 
-def _split(key: str, entry: Entry, share: float, seed: int) -> tuple[TokenDataset, TokenDataset | None]:
+def _split(key: str, entry: Entry, shares: list[float], seed: int) -> list[TokenDataset | None]:
+    """The training set and what is held out by each share."""
     begins = audit.begins(entry.records)
-    kept = int(begins.sum())
-    held = min(max(round(kept * share), 1), kept - 1) if share > 0 else 0
-    chosen = np.zeros(kept, dtype=np.bool_)
-    chosen[np.random.default_rng(seed).permutation(kept)[:held]] = True
-    is_held = chosen[np.cumsum(begins) - 1]
-    parts = [np.flatnonzero(~is_held), np.flatnonzero(is_held)]
-    train, validation = (TokenDataset(f"{key}-{_hash(part.data)}", entry, part) for part in parts)
-    return train, validation if held else None
+    chosen = held_out.sides(entry.contents[begins], entry.groups[begins], entry.strata[begins], shares, seed)
+    of_example = chosen[np.cumsum(begins) - 1]
+    parts = [np.flatnonzero(of_example == side) for side in range(len(shares) + 1)]
+    return [TokenDataset(f"{key}-{_hash(part.data)}", entry, part) if len(part) else None for part in parts]
 
 
 def code_version(modules: Iterable[str]) -> str:

@@ -159,6 +159,9 @@ def places(data: DataConfig) -> dict[str, Found]:
         subset = data.subset if data.validation == data.train else None
         asked = Asked(data.validation_split, subset, "data.validation_split")
         found["data.validation"] = Found(data.validation, asked, data.header)
+    if data.test:
+        subset = data.subset if data.test == data.train else None
+        found["data.test"] = Found(data.test, Asked(data.test_split, subset, "data.test_split"), data.header)
     return found
 
 

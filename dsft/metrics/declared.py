@@ -84,8 +84,8 @@ def declare(task: Mapping[str, Metric], target: str) -> dict[str, Metric]:
     """All metrics of a run, in the order of its rows.
 
     Args:
-        task: The task's own by name without prefix, `loss` among them (`Task.metrics`). They become `eval/NAME`, and
-            `loss` is `train/loss` as well.
+        task: The task's own by name without prefix, `loss` among them (`Task.metrics`). They become `eval/NAME` and
+            `test/NAME`, and `loss` is `train/loss` as well.
         target: What the weights of examples count (`Task.target`).
     """
     words = target.replace("_", " ")
@@ -101,7 +101,14 @@ def declare(task: Mapping[str, Metric], target: str) -> dict[str, Metric]:
         "eval/examples": _EVALUATION["eval/examples"],
         f"eval/{target}": weight(("weight",), headline=False, meaning="evaluated"),
         "time/eval_seconds": _EVALUATION["time/eval_seconds"],
+        **{f"test/{name}": _of_test(metric) for name, metric in task.items()},
+        "test/examples": _of_test(_EVALUATION["eval/examples"]),
     }
+
+
+def _of_test(metric: Metric) -> Metric:
+    """The same metric of the test set; nothing is chosen by it."""
+    return replace(metric, label=f"Test: {metric.label.lower()}", row=Row.TEST)
 
 
 def comparable(metrics: Mapping[str, Metric]) -> list[str]:

@@ -38,6 +38,7 @@ class Row(Enum):
 
     TRAINING = "training"
     EVALUATION = "evaluation"
+    TEST = "test"
 
 
 def _as_it_is(value: float) -> float:

@@ -18,7 +18,8 @@ def markdown_table() -> str:
     """Every metric that some run declares: those of all tasks first, then each task's own under a bold row."""
     declared = {name: declare(task.metrics, task.target) for name, task in TASKS.items()}
     targets = {metric for task in TASKS.values() for metric in (f"train/{task.target}", f"eval/{task.target}")}
-    own = {f"eval/{name}" for task in TASKS.values() for name in task.metrics} | {"train/loss"} | targets
+    names = {name for task in TASKS.values() for name in task.metrics}
+    own = {f"{row}/{name}" for name in names for row in ("eval", "test")} | {"train/loss"} | targets
     lines = ["| metric | unit | meaning | over ranks | better |", "|---|---|---|---|---|", "| **every task** | | | | |"]
     first = next(iter(declared.values()))
     lines += _rows({name: metric for name, metric in first.items() if name not in own})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Collection, Mapping
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
@@ -215,7 +218,42 @@ def encode(raw: Raw, task: Task, context: Context) -> list[Example | Dropped] | 
     record = read(task.shapes, raw.fields, raw.origin, context.data.ignore_fields)
     parts = task.encode(record, context)
     raw.notes |= record.notes
+    if isinstance(parts, Dropped):
+        return parts
+    content = content_key(record.texts().values())
+    group = _field_key(raw, context.data.group_by_field, "data.group_by_field")
+    stratum = _field_key(raw, context.data.stratify_by_field, "data.stratify_by_field")
+    for part in parts:
+        if isinstance(part, Example):
+            part.content, part.group, part.stratum = content, group, stratum
     return parts
+
+
+def content_key(texts: Iterable[str]) -> int:
+    """A hash of what a record says, 64 bits: white space, case and the width of characters make no difference."""
+    words = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    return xxhash.xxh3_64_intdigest("\x1f".join(words).encode()) or 1
+
+
+def _field_key(raw: Raw, name: str | None, setting: str) -> int:
+    """A hash of the value of a row's field, 0 where no field is asked for.
+
+    Args:
+        raw: The row.
+        name: The field; `a.b` is the field b of the object in the field a, where no field is called `a.b`.
+        setting: What asks for it.
+
+    Raises:
+        BadRecord: The row has none.
+    """
+    if name is None:
+        return 0
+    value: Any = raw.fields
+    for key in [name] if name in raw.fields else name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if value is None:
+        raise BadRecord(raw.origin, f"field `{name}` is missing, and {setting}={name} needs it")
+    return xxhash.xxh3_64_intdigest(json.dumps(value, sort_keys=True).encode()) or 1
 
 
 def text_of(value: Any, field: str, empty: bool = True) -> str:

@@ -55,6 +55,8 @@ class Progress:
         """Show a row of metrics: training numbers beside the bar, an evaluation on a line of its own."""
         if evaluation := self._said(row, Row.EVALUATION):
             self.note(f"evaluation at step {row['step']}: {', '.join(evaluation)}")
+        if test := self._said(row, Row.TEST):
+            self.note(f"test at step {row['step']}: {', '.join(test)}")
         if not self._enabled:
             return
         if self._bar is not None:

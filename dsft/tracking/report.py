@@ -100,16 +100,16 @@ def _span(rows: list[dict], metrics: Metrics) -> tuple[int, int] | None:
 
 
 def _evaluation(rows: list[dict], metrics: Metrics) -> list[dict[str, Any]]:
-    """A line for each evaluation metric: label, before, after, change, and whether it got better."""
+    """A line for each metric of evaluation and test: label, before, after, change, and whether it got better."""
     lines = []
-    for name, metric in _of(metrics, Row.EVALUATION).items():
+    for name, metric in {**_of(metrics, Row.EVALUATION), **_of(metrics, Row.TEST)}.items():
         values = [row[name] for row in rows if name in row]
         if values:
             before, after = values[0], values[-1]
             lines.append(
                 {
                     "label": metric.label,
-                    "before": metric.shown(before),
+                    "before": metric.shown(before) if metric.row is Row.EVALUATION else "",
                     "after": metric.shown(after),
                     "change": _change(metric, before, after) if len(values) > 1 else "",
                     "better": metric.better is not None and metric.gain(after, before) > 0,

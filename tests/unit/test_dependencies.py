@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OF_PACKAGE = {"yaml": "pyyaml", "hydra": "hydra-core", "PIL": "pillow"}
+OF_PACKAGE = {"yaml": "pyyaml", "hydra": "hydra-core", "PIL": "pillow", "sklearn": "scikit-learn"}
 """Modules whose package has another name."""
 PROGRAMS = {"mypy", "ruff", "pytest-timeout", "types-pyyaml", "openmpi", "gguf", "dsft", "import-linter"}
 """Declared without being imported: programs, plug-ins, types, our own extras, what transformers imports for GGUF."""

@@ -25,7 +25,8 @@ TRAIN = ROOT / "launch" / "train.py"
 PLATEAU = {"schedule__name": ScheduleName.plateau}
 LONG = Length(held_out=10, all_supervised=False, total_steps=1000, steps_to_decay=10)
 ALWAYS = set(
-    """task.name model.path model.attention data.source data.validation data.max_records data.max_length data.packing
+    """task.name model.path model.attention data.source data.validation data.test data.max_records data.max_length
+    data.packing
     data.ignore_fields data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method
     tuning.neftune_alpha deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps
     batch.global_batch_size optim.name optim.lr optim.max_grad_norm optim.layer_decay schedule.warmup_ratio
@@ -61,7 +62,7 @@ def here(made: Config):
 def test_of_every_setting_it_is_known_when_it_acts():
     lora = config(tuning__method=Method.lora, data__source=Source.pydoc, data__packing=schema.Packing.none)
     cases = [
-        *by_config(config(data__validation="v")),
+        *by_config(config(data__validation="v", data__test="t")),
         *by_config(config(data__validation_share=0.0, train__samples=0, **PLATEAU)),
         *by_config(config(train__max_steps=1, schedule__warmup_steps=2, schedule__name=ScheduleName.constant)),
         *by_config(config(optim__name=schema.OptimName.sgd)),

@@ -349,7 +349,8 @@ def numbers(tmp_path):
 
 
 def test_a_record_may_become_several_examples_of_any_columns(numbers):
-    train, held_out, _ = dataset.prepare(numbers, task, {}, seed=1)
+    made = dataset.prepare(numbers, task, {}, seed=1)
+    train, held_out = made.train, made.validation
     found = sorted((part[i].record, i, part[i]) for part in (train, held_out) for i in range(len(part)))
     kept = [n for n in range(40) if n % 4 and n not in (3, 7)]
     assert [record for record, _, _ in found] == [n for n in kept for _ in range(n % 4)]
@@ -363,7 +364,8 @@ def test_a_record_may_become_several_examples_of_any_columns(numbers):
 
 
 def test_hold_out_and_counts_go_by_record(numbers):
-    train, held_out, report = dataset.prepare(numbers, task, {}, seed=1)
+    made = dataset.prepare(numbers, task, {}, seed=1)
+    train, held_out, report = made.train, made.validation, made.audit
     sides = [set(part.records.tolist()) for part in (train, held_out)]
     assert not sides[0] & sides[1]
     part = report["train"]
