@@ -18,6 +18,7 @@ STEPS = [
     "train.keep_last=3",
     "tuning.neftune_alpha=5",
     "train.sample_tokens=8",
+    "data.test_share=0.1",
 ]
 
 
@@ -27,6 +28,8 @@ def straight(base, scratch, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     result = helpers.train([f"run_dir={run_dir}", *base, *STEPS], scratch, fresh=True)
     assert result.code == 0, result.err
+    tested = [row["step"] for row in helpers.rows(run_dir) if "test/loss" in row]
+    assert tested == [24], "the test set is evaluated once, at the end"
     return run_dir
 
 
