@@ -186,7 +186,7 @@ def _made(encode: Encode, record: Raw) -> list[Example | Dropped] | Dropped | Ba
     try:
         return encode(record)
     except BadRecord as bad:
-        return bad
+        return BadRecord(bad.origin, bad.problem + record.hint) if record.hint else bad
     except (UserError, MemoryError, OSError):  # these concern all records
         raise
     except Exception as error:

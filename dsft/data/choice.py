@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dsft.data.card import Subset, is_card, subsets
 from dsft.data.splits import by_split, same, split_of
-from dsft.data.text import format_of
+from dsft.data.text import PACKED, format_of
 from dsft.errors import UserError
 
 DOCUMENTS = {".txt", ".md"}
@@ -141,11 +141,26 @@ def _sorted_out(found: list[Path], known: Callable[[Path], bool]) -> Choice:
             left_out.setdefault("not in state.json", []).append(path)
         else:
             paths.append(path)
+    _refuse_copies(paths)
     texts = [path for path in paths if format_of(path) in DOCUMENTS]
     if 0 < len(texts) < len(paths):
         left_out["texts beside records"] = texts
         paths = [path for path in paths if path not in {*texts}]
     return Choice(paths, left_out=left_out)
+
+
+def _refuse_copies(paths: list[Path]) -> None:
+    """Refuse files that lie beside a packed copy of themselves, by name: their records would count twice.
+
+    Raises:
+        UserError: There are two of one.
+    """
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
+        if plain in seen:
+            raise UserError(f"{seen[plain]} and {path.name} are the same file, packed or not: take one of them away")
+        seen[plain] = path
 
 
 def _listed(state: Path) -> set[str] | None:

@@ -7,6 +7,7 @@ nothing).
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,11 @@ LONGEST = 1 << 26
 LONGEST_NAME = 100
 """Characters of the longest name of a field."""
 
+NO_HEADER = (
+    "; if the first line of this file holds no names of fields, give them in order, such as "
+    "data.header=[prompt,completion]"
+)
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _DIRECTIVE = "sep="
 """How a first line begins that tells Excel the delimiter."""
 
@@ -90,7 +96,7 @@ def _rows(path: Path, file: TextIO, delimiter: str, skipped: int) -> Iterator[Ro
 
 
 def _records(path: Path, rows: Iterator[Row], names: Sequence[str], damaged: bool) -> Iterator[Raw | BadRecord]:
-    header, width = list(names), len(names)
+    header, width, read = list(names), len(names), False
     for row, line, wrong in rows:
         origin = f"{path}:{line}"
         if not header:
@@ -101,7 +107,10 @@ def _records(path: Path, rows: Iterator[Row], names: Sequence[str], damaged: boo
         elif wrong or (wrong := _no_record(row, header, width, damaged)):
             yield BadRecord(origin, wrong)
         else:
-            yield Raw(dict(zip(header, row, strict=False)), origin)
+            # that the first line holds no names shows in the first record, if they do not look like names
+            doubt = not names and not read and not all(map(_NAME.fullmatch, header))
+            read = True
+            yield Raw(dict(zip(header, row, strict=False)), origin, hint=NO_HEADER if doubt else "")
 
 
 def _no_record(row: list[str], header: list[str], width: int, damaged: bool) -> str | None:

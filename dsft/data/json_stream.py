@@ -77,12 +77,13 @@ class Text:
             if self._take(",]", "Expecting ',' delimiter") == "]":
                 return
 
-    def data(self) -> Iterator[Value]:
-        """The elements of the array under the key `data`, in an object that is valid."""
+    def data(self, beside: list[str]) -> Iterator[Value]:
+        """The elements of the array under the key `data`, in an object that is valid; its other keys go to `beside`."""
         for key in self.members():
             if key == "data" and self.peek() == "[":
                 yield from self.array()
             else:
+                beside.append(key)
                 self.value()
 
     def values(self) -> Iterator[Value]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from dsft.data.json_decoder import TOO_DEEP, Decoder
 from dsft.data.json_stream import Broken, Text, Value
-from dsft.data.raw import BadRecord, Raw, Reading
+from dsft.data.raw import MAX_NAMED, BadRecord, Raw, Reading
 from dsft.data.text import find_encoding, open_text
 
 _POINTER = "version https://git-lfs.github.com/spec/"
@@ -54,8 +54,11 @@ def values(path: Path, reading: Reading) -> Iterator[Value]:
             yield from text.values()
         else:
             text.peek()
-            yield from text.array() if form is Form.array else text.data()
+            beside: list[str] = []
+            yield from text.array() if form is Form.array else text.data(beside)
             text.end()
+            if beside:
+                reading.note(f"whose fields beside `data` are not read ({', '.join(beside[:MAX_NAMED])})", path)
 
 
 def _lines(file: TextIO, decoder: Decoder) -> Iterator[Value]:
@@ -68,7 +71,9 @@ def _lines(file: TextIO, decoder: Decoder) -> Iterator[Value]:
 
 def _of_line(text: str, decoder: Decoder) -> tuple[Any, str | None]:
     try:
-        value, end, problem = decoder.value(text, len(text) - len(text.lstrip(" \t")))
+        value, end, problem = decoder.value(
+            text, len(text) - len(text.lstrip(" \t\ufeff"))
+        )  # files that were joined bring marks
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, len(text) - len(text[end:].lstrip(" \t\r\n")))
         return value, problem

@@ -25,11 +25,13 @@ class Raw:
         fields: Column or key -> value.
         origin: `file:line`; for Parquet, Arrow and hub ids the row, counted from 1.
         notes: What the audit counts records by, filled in by whoever works on it.
+        hint: What to say with it where it is malformed, for that may have to do with its file.
     """
 
     fields: Fields
     origin: str
     notes: set[str] = field(default_factory=set)
+    hint: str = ""
 
 
 class BadRecord(UserError):
@@ -62,7 +64,7 @@ class Reading:
 
     def note(self, what: str, path: Path | str) -> None:
         """Remember something of a file, for the audit."""
-        about = self.notes.setdefault(what, {"files": 0, "first": []})
+        about = self.notes.setdefault(printable(what), {"files": 0, "first": []})
         about["files"] += 1
         about["first"] += [printable(str(path))] if about["files"] <= MAX_NAMED else []
 

@@ -66,7 +66,7 @@ def test_an_empty_file_is_an_empty_file(tmp_path):
     parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     pandas.DataFrame({"text": []}).to_parquet(tmp_path / "pandas.parquet")
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "datasets.parquet")
-    for suffix in (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".jsonl.gz", ".jsonl.zst"):
+    for suffix in (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".ndjson.gz", ".tsv.zst"):
         (tmp_path / f"nothing{suffix}").write_bytes(b"")
     pandas.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "one.parquet")
     found = Found(str(tmp_path))

@@ -110,6 +110,15 @@ def test_a_subset_lies_within(tmp_path, subset):
         read(tmp_path / "set", subset=subset)
 
 
+@pytest.mark.parametrize("names", [("a.jsonl", "a.jsonl.gz"), ("a.csv.zst", "a.csv.gz")])
+def test_a_file_and_its_packed_copy_are_not_read_both(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{names[0]} and {names[1]} are the same file|{names[1]} and {names[0]} are"):
+        Found(str(tmp_path))
+    assert list(Found(str(tmp_path / names[0])).records()) == []
+
+
 def test_files_of_a_user_are_read_however_they_are_called(tmp_path):
     """`state.json` is what `save_to_disk` writes only if it says so."""
     lay_out(tmp_path, "state.json", "b.json")

@@ -3,13 +3,16 @@
 import csv
 import io
 import random
+from functools import partial
 
 import pandas
 import pytest
+import tiny
 
-from dsft.data import delimited, sources
+from dsft.data import blocks, delimited, sources
 from dsft.data.raw import BadRecord, Reading
 from dsft.errors import UserError
+from dsft.tasks import TASKS, encode
 
 ROWS = [
     {"问题": "什么是“月亮”?", "answer": 'He said "no";\nthen, nothing.'},
@@ -111,6 +114,19 @@ def test_without_a_header_names_are_given(tmp_path):
     ]
     path.write_text("prompt,completion\na,b\n")
     assert read(path, "prompt", "completion")[0].startswith("the names of the fields stand here again")
+
+
+@pytest.mark.parametrize("first", ["你好,很好", "What is it?,A fox.", "1,2", ",b"])
+def test_a_first_record_that_is_malformed_asks_whether_there_is_a_header(tmp_path, first):
+    """Through the task, which alone knows the names; only once, and not where the names look like names."""
+    path = tmp_path / "x.csv"
+    context = tiny.collator().context
+    for header in (first, "prompt,answer"):
+        path.write_text(f"{header}\na,b\nc,d\n", encoding="utf-8")
+        records = sources.Found(str(path)).records()
+        (block,) = blocks.blocks(records, partial(encode, task=TASKS["causal_lm"], context=context), 1, False, tmp_path)
+        asked = [bad.problem.endswith(delimited.NO_HEADER) for bad in block.bad]
+        assert asked == [header == first, False]
 
 
 @pytest.mark.parametrize(

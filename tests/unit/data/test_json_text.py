@@ -80,6 +80,18 @@ def test_a_field_called_data_is_a_field_where_records_follow(tmp_path, rows):
     assert records(path) == {1: rows[0], 2: rows[1]}
 
 
+def test_fields_beside_data_are_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"version": 1, "data": [{"text": "a"}], "system": {"prompt": "b"}}')
+    reading = Reading()
+    assert [one.fields for one in json_text.records(tmp_path / "x.json", reading)] == [{"text": "a"}]
+    assert [*reading.notes] == ["whose fields beside `data` are not read (version, system)"]
+
+
+def test_files_with_marks_may_be_joined(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n' * 3)
+    assert records(tmp_path / "x.jsonl") == {line: {"text": "a"} for line in (1, 2, 3)}
+
+
 def test_objects_as_jq_prints_them(tmp_path):
     """Bytes of `jq .` and `jq -c .` (1.7): two spaces, no space before a colon, a line feed at the end."""
     pretty = b'{\n  "text": "\xe6\x9c\x88\\u0001",\n  "n": [\n    1,\n    {}\n  ],\n  "m": {}\n}\n{\n  "text": "b"\n}\n'

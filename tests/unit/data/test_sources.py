@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import pickle
 import random
 from datetime import date
+from pathlib import Path
 
 import datasets
 import pandas
@@ -300,6 +302,27 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path):
     assert sources.Found(str(tmp_path / "b.jsonl")).fingerprint() == before
     write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])
     assert sources.Found(str(tmp_path / "b.jsonl")).fingerprint() != before
+
+
+def test_the_fingerprint_knows_how_files_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    before = sources.Found(str(tmp_path / "a.csv")).fingerprint()
+    assert sources.Found(str(tmp_path / "a.csv"), header=["text"]).fingerprint() != before
+    (tmp_path / "a.csv").rename(tmp_path / "a.tsv")
+    assert sources.Found(str(tmp_path / "a.tsv")).fingerprint() != before
+
+
+def test_names_of_files_that_are_no_utf8_are_read_and_told(tmp_path):
+    """As archives made under a Chinese Windows leave them."""
+    path = os.fsdecode(os.fsencode(tmp_path) + "/训练集".encode("gbk") + b".jsonl")
+    Path(path).write_bytes('{"text": "月"}\n{\n'.encode("gb18030"))
+    for spec in (path, str(tmp_path)):
+        found = sources.Found(spec)
+        good, bad = found.records()
+        assert good.fields == {"text": "月"}
+        for text in (str(bad), json.dumps(found.notes(), ensure_ascii=False), bad.origin):
+            assert r"\udcc1" in text.replace("\\\\", "\\"), "the first character happens to be UTF-8"
+            text.encode()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
