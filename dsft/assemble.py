@@ -26,6 +26,7 @@ from dsft.config import check, cli, effect
 from dsft.config.schema import Config, Packing, Precision
 from dsft.data import audit as audits
 from dsft.data import dataset, sources
+from dsft.data import prompting as prompts
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -45,7 +46,7 @@ from dsft.runtime.world import World, computes_bf16, computes_fp16
 from dsft.tasks import TASKS, Task, isolation, settings_by_task, template
 from dsft.tasks.collate import Collator
 from dsft.tasks.module import TaskModule
-from dsft.tasks.task import Context
+from dsft.tasks.task import Context, reader
 from dsft.types import Batch
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -143,12 +144,13 @@ def plan(config: Config, place: Place) -> Plan:
     warn(place, check.check(config, ds, place.world_size, settings_by_task(), _comparable(config, task), given))
     # a missing file is named before a model is converted
     acts = {name: found.acts for name, found in sources.places(config.data).items()}
+    prompting = prompts.load(config.data, config.train.seed, reader(task, config.data))
     new_tokens = vocabulary.read(config.data.new_tokens) if config.data.new_tokens else []
     model_on_hub = models.on_hub(config.model.path)
     idle = effect.by_place(config, model_on_hub=model_on_hub, acts=acts)
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
-    context = Context(model.tokenizer, config.data, config.task, config.eval, config.train)
+    context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
     packing, why = config.data.packing, None
     if packing is Packing.auto:
@@ -250,6 +252,7 @@ def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
         "group_by_field": config.data.group_by_field,
         "stratify_by_field": config.data.stratify_by_field,
         "on_overflow": config.data.on_overflow.value,
+        "prompting": context.prompting.recipe(),
         "code": [_tasks_version(), transformers.__version__, tokenizers.__version__],
     }
     encode = partial(tasks.encode, task=task, context=context)
@@ -447,14 +450,14 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
 def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     """The training data's key, and what may be blamed where it differs."""
     settings = (
-        "source train validation validation_share test test_share group_by_field stratify_by_field split subset header "
-        "packages max_records max_length train_on on_rewritten_history reasoning ignore_fields on_bad_record "
-        "on_overflow"
+        "source train validation validation_share test test_share group_by_field stratify_by_field split subset "
+        "header columns prompt_template few_shot.path few_shot.count packages max_records max_length train_on "
+        "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow"
     ).split()
     task = {f"task.{name}": _plain(value) for name, value in vars(config.task).items() if name != "name"}
     return {
         "key": made.train_set.key,
-        "settings": {f"data.{name}": _plain(getattr(config.data, name)) for name in settings}
+        "settings": {f"data.{name}": _plain(attrgetter(name)(config.data)) for name in settings}
         | {"model.chat_template": config.model.chat_template}
         | task,
         "template": hashlib.sha256(repr(made.model.tokenizer.chat_template).encode()).hexdigest(),

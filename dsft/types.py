@@ -6,7 +6,7 @@ without importing each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,12 +26,14 @@ class Record:
         weight: What it counts in loss, gradient and evaluation; 0 or more, finite.
         metadata: Those of its fields that say nothing to the task.
         notes: What the audit counts records by, such as a field that was set aside.
+        said: What it says itself, where a prompt or examples that others might have too were added; else empty.
     """
 
     origin: str = ""
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: set[str] = field(default_factory=set)
+    said: tuple[str, ...] = ()
 
     def texts(self) -> dict[str, str]:
         """Its texts that people wrote, by a name for each that stays the same."""
@@ -44,6 +46,14 @@ class Record:
     def with_texts(self, texts: Mapping[str, str]) -> Record:
         """The same record with other texts, by the names of `texts()`."""
         raise NotImplementedError
+
+    def with_examples(self, examples: Sequence[Any]) -> Record:
+        """The same record behind others of its kind, which are read and not learnt.
+
+        Raises:
+            ValueError: Such a record has nothing before it, or one of the others cannot stand there.
+        """
+        raise ValueError("a record of this kind takes no few-shot examples (data.few_shot.path)")
 
 
 @dataclass

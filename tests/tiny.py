@@ -22,6 +22,7 @@ from transformers import (
 
 from dsft.config.schema import Attention, DataConfig, EvalConfig, OnOverflow, TaskConfig, TrainConfig
 from dsft.data import dataset
+from dsft.data.prompting import load
 from dsft.data.sources import Raw
 from dsft.metrics import declare
 from dsft.model.attention import Documents, cumulative
@@ -31,7 +32,7 @@ from dsft.tasks.collate import Collator
 from dsft.tasks.conversation import SHAPES
 from dsft.tasks.isolation import probe_tokens
 from dsft.tasks.module import TaskModule
-from dsft.tasks.task import Context, read
+from dsft.tasks.task import Context, read, reader
 from dsft.types import Batch, Example
 
 CHATML = (
@@ -240,7 +241,14 @@ def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: i
 def prepare(data: DataConfig, tokens, fingerprint: str = "t", seed: int = 0, name: str = "causal_lm", **settings):
     """Training set, validation set and audit of a task, as a run prepares them."""
     context = Context(tokens, data, TaskConfig(name=name, **settings), train=TrainConfig(seed=seed))
-    recipe = {"tokenizer": fingerprint, "template": tokens.chat_template, "length": data.max_length}
+    prompting = load(data, seed, reader(TASKS[name], data))
+    context = replace(context, prompting=prompting)
+    recipe = {
+        "prompting": prompting.recipe(),
+        "tokenizer": fingerprint,
+        "template": tokens.chat_template,
+        "length": data.max_length,
+    }
     recipe |= {"train_on": data.train_on.name, "overflow": data.on_overflow.name, "task": vars(context.task)}
     made = dataset.prepare(data, partial(encode, task=TASKS[name], context=context), recipe, seed)
     return made.train, made.validation, made.audit

@@ -21,8 +21,10 @@ from dsft.config.schema import (
     ScheduleConfig,
     Source,
     TrainConfig,
+    TrainOn,
     is_text,
     is_text_list,
+    is_text_map,
     is_text_or_null,
     knobs,
     known,
@@ -212,6 +214,8 @@ def _empty(config: Config) -> Iterator[str]:
             yield f"{name}={value} is empty: give a value{null}, or leave {name} out."
         elif is_text_list(hint) and not all(text.strip() for text in value):
             yield f"{name}={effect.text(value)} holds an empty text: take it out."
+        elif is_text_map(hint) and not all(text.strip() for text in [*value, *value.values()]):
+            yield f"{name}={effect.text(value)} holds an empty name: take it out."
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -223,6 +227,11 @@ def _data(config: Config) -> Iterator[str]:
         yield (
             f"data.validation_share={data.validation_share:g} and data.test_share={data.test_share:g} are {share:g} "
             "together, which leaves nothing to train on: lower them."
+        )
+    if data.few_shot.path is not None and data.train_on is TrainOn.all:
+        yield (
+            f"data.few_shot.path={data.few_shot.path} with data.train_on=all: examples are read and not learnt, so not "
+            "all tokens can be. Choose another data.train_on, or leave the examples out."
         )
 
 

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from dsft.config.schema import is_text, is_text_list, is_text_or_null, knobs
+from dsft.config.schema import is_text, is_text_list, is_text_map, is_text_or_null, knobs
 from dsft.errors import UserError
 
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
@@ -103,7 +103,16 @@ def _argument(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.startswith(("-", "~", "hydra.")) or not value:
         return argument
-    return f"{key}={quoted(key.lstrip('+'), value)}"
+    name = key.lstrip("+")
+    if is_text_map(knobs().get(_setting(name))):
+        key = f"++{name}"  # Hydra knows the names in it only then
+    return f"{key}={quoted(name, value)}"
+
+
+def _setting(name: str) -> str:
+    """The setting that `name` is one text of, where that holds texts by names; else `name` itself."""
+    section = name.rpartition(".")[0]
+    return section if is_text_map(knobs().get(section)) else name
 
 
 def _element(name: str, value: str) -> str:
@@ -113,6 +122,10 @@ def _element(name: str, value: str) -> str:
         inner = [f"{key}:{_element(f'{name}.{key.strip()}', ':'.join(rest).strip())}" for key, *rest in pairs]
         return f"{{{','.join(inner)}}}"
     hint = knobs().get(name)
+    if value[:1] == "{" and value[-1:] == "}" and is_text_map(hint):
+        pairs = [_split(item, ":") for item in _split(value[1:-1]) if item.strip()]
+        inner = [f"{key.strip()}:{_quote(':'.join(rest).strip(), True)}" for key, *rest in pairs if rest]
+        return f"{{{','.join(inner)}}}" if len(inner) == len(pairs) else value
     if value.lower() == "null" and not (is_text(hint) and not is_text_or_null(hint)):
         return value
     if value[:1] == "[" and value[-1:] == "]" and (hint is None or not is_text(hint)):
@@ -127,7 +140,7 @@ def _is_text(name: str, value: str) -> bool:
     hint = knobs().get(name)
     if hint is None and "." not in name:
         return isinstance(_read(value), int | float)  # the choice of a group is the name of a file
-    return is_text(hint) or is_text_list(hint)
+    return is_text(hint) or is_text_list(hint) or _setting(name) != name
 
 
 def _quote(value: str, text: bool) -> str:
@@ -176,4 +189,4 @@ def _leaves(name: str, value: Any) -> Iterator[str]:
         for key, inner in value.items():
             yield from _leaves(f"{name}.{key}", inner)
     else:
-        yield name
+        yield _setting(name)

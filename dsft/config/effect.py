@@ -70,7 +70,7 @@ def sort_out(config: Config, idle: Iterable[Idle], given: Collection[str] | None
     default = Config()
     for one in idle:
         value, usual = attrgetter(one.name)(config), attrgetter(one.name)(default)
-        if (value == usual and value in (0, None, [])) or (one.name in known("off_at_0") and value == 0):
+        if (value == usual and value in (0, None, [], {})) or (one.name in known("off_at_0") and value == 0):
             continue  # switched off, in so many words
         if getattr(value, "name", None) == "auto":
             continue
@@ -121,6 +121,12 @@ def by_config(config: Config) -> Iterator[Idle]:
             "train.early_stopping_min_delta",
             f"{shown(config, 'train.early_stopping_min_delta')} does nothing with train.early_stopping_patience=0: set "
             "the patience, or leave the other out.",
+        )
+    if not data.few_shot.path:
+        yield Idle(
+            "data.few_shot.count",
+            f"{shown(config, 'data.few_shot.count')} does nothing without data.few_shot.path: give a file of examples, "
+            "or leave it out.",
         )
     if not train.samples:
         yield Idle(
@@ -329,6 +335,8 @@ def text(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {text(one)}" for key, one in value.items()) + "}"
     return value.name if isinstance(value, Enum) else str(value)
 
 

@@ -34,7 +34,7 @@ from omegaconf.errors import (
 )
 
 from dsft.config import yaml_text
-from dsft.config.schema import Config, is_text, knobs
+from dsft.config.schema import Config, is_text, is_text_map, knobs
 from dsft.errors import UserError
 
 _TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -206,10 +206,12 @@ def _typed(loose: Any) -> Config:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one of dotted names; a section that is not a mapping keeps its name."""
+    """Nested dicts as one of dotted names; settings that are mappings, and sections that are none, keep their names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        nested = isinstance(value, dict) and value and not is_text_map(knobs().get(name))
+        flat |= _flat(value, f"{name}.") if nested else {name: value}
     return flat
 
 
@@ -272,6 +274,8 @@ def _wrong_type(key: str, detail: str) -> str:
 
 def _kind(hint: Any) -> str:
     """A type in words."""
+    if is_text_map(hint):
+        return "texts by names {name: text, ...}"
     if get_origin(hint) is list:
         return f"a list [{_kind(get_args(hint)[0])}, ...]"
     options = [option for option in get_args(hint) if option is not type(None)]

@@ -169,7 +169,7 @@ def setting(
     """
     known = {"range": range, "acts": acts, "evaluated": evaluated, "off_at_0": off_at_0}
     metadata = known | {"by_group": by_group, "of_some_tasks": of_some_tasks}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -191,6 +191,14 @@ class ModelConfig:
     attention weights: `flash` draws that by noise of its own, which depends on the split, `torch_varlen` not at all."""
     logits_chunk: int = setting(1024, range=AT_LEAST_1, of_some_tasks=True)
     """Supervised tokens whose logits exist at once; bounds the memory that the vocabulary takes."""
+
+
+@dataclass
+class FewShotConfig:
+    path: str | None = setting(None, of_some_tasks=True)
+    """Records that stand before each record as examples, and are not learnt; anything that `data.train` may be."""
+    count: int = setting(3, range=AT_LEAST_1, of_some_tasks=True)
+    """How many of them, chosen by `train.seed` and the record's content; never a duplicate of the record."""
 
 
 @dataclass
@@ -222,6 +230,13 @@ class DataConfig:
     """Field of a record by which records are held out together or not at all; `a.b` is a field inside of a field."""
     stratify_by_field: str | None = None
     """Field of a record of whose every value the same share is held out."""
+    columns: dict[str, str] = setting({})
+    """Name of a field that is known -> the record's own name for it, as in `{prompt: q, completion: a}`; dots go into
+    objects and lists (`answers.text.0`). On the command line it adds to what a recipe names."""
+    prompt_template: str | None = setting(None, of_some_tasks=True)
+    """Jinja template that writes the field `prompt` of a record's other fields, as text or a file; of a directory's
+    files each record takes one, by `train.seed` and its content."""
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     new_tokens: str | None = None
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""
@@ -552,3 +567,8 @@ def is_text_or_null(hint: Any) -> bool:
 def is_text_list(hint: Any) -> bool:
     """Whether a setting of this type holds a list of texts."""
     return hint == list[str]
+
+
+def is_text_map(hint: Any) -> bool:
+    """Whether a setting of this type holds texts by names."""
+    return hint == dict[str, str]

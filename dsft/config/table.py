@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import omegaconf
 
-from dsft.config import schema
+from dsft.config import effect, schema
 
 MARK = "<!-- config table -->\n"
 
@@ -78,6 +78,8 @@ def _default(field: Any) -> str:
         return f"`{value.name}`"
     if value is None or isinstance(value, bool):
         return f"`{'null' if value is None else str(value).lower()}`"
+    if isinstance(value, dict):
+        return f"`{effect.text(value)}`"
     return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
 
 

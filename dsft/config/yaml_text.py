@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from dsft.config.cli import quoted
-from dsft.config.schema import is_text, is_text_list, is_text_or_null, knobs
+from dsft.config.schema import is_text, is_text_list, is_text_map, is_text_or_null, knobs
 from dsft.errors import UserError
 
 _NULL, _TEXT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("null", "str", "merge"))
@@ -88,6 +88,8 @@ def _keep_text(node: yaml.Node, name: str) -> yaml.Node:
     hint = knobs().get(name)
     if isinstance(node, yaml.MappingNode):
         pairs = [(key, _keep_text(value, _inner(name, key))) for key, value in node.value]
+        if is_text_map(hint):
+            pairs = [pair if pair[0].tag == _MERGE else (_text(pair[0]), _text(pair[1])) for pair in pairs]
         return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
     if isinstance(node, yaml.SequenceNode):
         items = [_text(item) if is_text_list(hint) else _keep_text(item, name) for item in node.value]

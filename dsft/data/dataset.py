@@ -32,6 +32,7 @@ from dsft.data import (
     json_decoder,
     json_stream,
     json_text,
+    prompting,
     pydoc,
     raw,
     sources,
@@ -152,6 +153,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     places = sources.places(data)
     found: Readable = places["data.train"] if "data.train" in places else pydoc.Documentation(data.packages)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
+    _refuse_absent(found.name, data, entry)
     shares = [0.0 if given else share for given, share in ((data.validation, data.validation_share),
                                                            (data.test, data.test_share))]  # fmt: skip
     train, *held = _split(key, entry, shares, seed)
@@ -195,6 +197,14 @@ def _report(found: Readable, entry: Entry) -> dict[str, Any]:
     return {**entry.report, "files": {**found.about(), "noticed": entry.report["files"]}}
 
 
+def _refuse_absent(name: str, data: DataConfig, entry: Entry) -> None:
+    """Refuse a column that no record has."""
+    whole = entry.report["read"] - entry.report["dropped"].get(audit.BAD, 0)
+    for path in data.columns.values():
+        if entry.report["notes"].get(prompting.absent(path)) == whole:
+            raise UserError(f"data.columns names the field `{path}`, which no record of {name} has")
+
+
 def _split(key: str, entry: Entry, shares: list[float], seed: int) -> list[TokenDataset | None]:
     """The training set and what is held out by each share."""
     begins = audit.begins(entry.records)
@@ -212,7 +222,7 @@ def code_version(modules: Iterable[str]) -> str:
 @cache
 def _own_version() -> str:
     readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow)
-    modules = (*readers, choice, splits, card, pydoc, blocks, entries)
+    modules = (*readers, prompting, choice, splits, card, pydoc, blocks, entries)
     return code_version([__file__, *(str(module.__file__) for module in modules)])
 
 

@@ -142,8 +142,8 @@ TASK = Task(
     metrics=METRICS,
     target="supervised_tokens",
     settings=frozenset(
-        "data.train_on data.on_rewritten_history data.reasoning model.chat_template model.logits_chunk train.samples "
-        "train.sample_tokens".split()
+        "data.prompt_template data.few_shot.path data.few_shot.count data.train_on data.on_rewritten_history "
+        "data.reasoning model.chat_template model.logits_chunk train.samples train.sample_tokens".split()
     ),
     sample=sample,
 )

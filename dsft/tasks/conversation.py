@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -64,6 +64,22 @@ class Conversation(Record):
         turns = [turn | {"content": texts.get(f"messages[{n}].content", turn["content"])}
                  for n, turn in enumerate(self.messages)]  # fmt: skip
         return replace(self, messages=turns, text=self.text if self.text is None else texts["text"])
+
+    def with_examples(self, examples: Sequence[Conversation]) -> Conversation:
+        """The same chat with the examples' turns before it, behind its system turn; they count nothing."""
+        if not self.messages or not all(one.messages for one in examples):
+            raise ValueError("a plain text takes no few-shot examples and is none (data.few_shot.path): give chats")
+        before = [message for one in examples for message in one.messages]
+        if any(one.tools for one in examples) or any(turn["role"] in ("system", "developer") for turn in before):
+            raise ValueError("a few-shot example has no system turn and no tools: a record brings its own")
+        at = next(n for n, turn in enumerate(self.messages) if turn["role"] not in ("system", "developer"))
+        weights = self.weights or [None] * len(self.messages)
+        return replace(
+            self,
+            messages=[*self.messages[:at], *before, *self.messages[at:]],
+            weights=[*weights[:at], *[0.0] * len(before), *weights[at:]],
+            context=self.context and self.context + len(before),
+        )
 
     def weight_of(self, turn: int) -> float | None:
         """The weight that a message carries."""
@@ -143,6 +159,10 @@ def _side(value: Any, field: str, role: str) -> list[Message]:
         media.refuse_placeholders(value, field)
         return [{"role": role, "content": text_of(value, field, empty=False)}]
     return _turns(value, field)
+
+
+def _pair(question: str, answer: str, fields: Fields) -> list[Message]:
+    return _side(fields[question], question, "user") + _side(fields[answer], answer, "assistant")
 
 
 def _instruction(fields: Fields) -> list[Message]:
@@ -253,6 +273,8 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Conversation]] = {
     ("conversations",): _chat("conversations", _messages("conversations")),
     ("prompt", "completion"): _chat("prompt+completion", _prompt_completion, _prompt_turns),
     ("instruction", "output"): _chat("instruction+output", _instruction),
+    ("question", "answer"): _chat("question+answer", partial(_pair, "question", "answer")),
+    ("query", "response"): _chat("query+response", partial(_pair, "query", "response")),
     ("text",): plain_text,
 }
 """Fields that a shape needs -> what makes a conversation of a row that has them; the first that fits is taken."""

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
+from dsft.data.prompting import Prompting
 from dsft.data.sources import BadRecord, Fields, Raw
 from dsft.metrics import Metric
 from dsft.model.kind import Kind
@@ -38,6 +40,7 @@ class Context:
         task: The task's.
         eval: The evaluation's.
         train: The run's.
+        prompting: What is done to each row before it is read.
         seed: What everything that is drawn depends on, `train.seed`.
     """
 
@@ -46,6 +49,7 @@ class Context:
     task: TaskConfig
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    prompting: Prompting = field(default_factory=Prompting)
 
     @property
     def seed(self) -> int:
@@ -209,18 +213,23 @@ def _without(fields: Fields, ignored: Collection[str]) -> tuple[Fields, set[str]
     return kept, dropped
 
 
+def reader(task: Task, data: DataConfig) -> Callable[[Fields, str], Record]:
+    """What makes a record of fields and their origin, as `read` does."""
+    return partial(read, task.shapes, ignored=data.ignore_fields)
+
+
 def encode(raw: Raw, task: Task, context: Context) -> list[Example | Dropped] | Dropped:
     """What becomes of one row of the data: its examples, or the reason why there are none. It adds to the row's notes.
 
     Raises:
         BadRecord: It is malformed.
     """
-    record = read(task.shapes, raw.fields, raw.origin, context.data.ignore_fields)
+    record = context.prompting.record(raw, reader(task, context.data))
     parts = task.encode(record, context)
     raw.notes |= record.notes
     if isinstance(parts, Dropped):
         return parts
-    content = content_key(record.texts().values())
+    content = content_key(record.said or record.texts().values())
     group = _field_key(raw, context.data.group_by_field, "data.group_by_field")
     stratum = _field_key(raw, context.data.stratify_by_field, "data.stratify_by_field")
     for part in parts:

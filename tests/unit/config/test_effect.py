@@ -26,7 +26,7 @@ PLATEAU = {"schedule__name": ScheduleName.plateau}
 LONG = Length(held_out=10, all_supervised=False, total_steps=1000, steps_to_decay=10)
 ALWAYS = set(
     """task.name model.path model.attention data.source data.validation data.test data.max_records data.max_length
-    data.packing
+    data.packing data.columns
     data.ignore_fields data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method
     tuning.neftune_alpha deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps
     batch.global_batch_size optim.name optim.lr optim.max_grad_norm optim.layer_decay schedule.warmup_ratio

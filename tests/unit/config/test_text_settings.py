@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import hydra
 import pytest
+from hydra.errors import HydraException
 
 from dsft.config import cli, load
 from dsft.config.schema import (
@@ -19,6 +20,7 @@ from dsft.config.schema import (
     TaskConfig,
     is_text,
     is_text_list,
+    is_text_map,
     is_text_or_null,
     knobs,
 )
@@ -34,6 +36,7 @@ WRITTEN = [*LOOKS_LIKE_ELSE, "a b", "a=b", "a: b", "# x", "it's", 'a"b', "试验
 WRITTEN += ["a\\d\\.", "a\\"]
 TEXTS = [name for name, hint in knobs().items() if is_text(hint)]
 LISTS = [name for name, hint in knobs().items() if is_text_list(hint)]
+MAPS = [name for name, hint in knobs().items() if is_text_map(hint)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,8 @@ def test_all_text_of_the_schema_is_known():
         "tuning.target_modules",
         "tracking.tags",
     }
-    assert not [n for n, hint in knobs().items() if "str" in str(hint) and n not in TEXTS + LISTS]
+    assert MAPS == ["data.columns"]
+    assert not [n for n, hint in knobs().items() if "str" in str(hint) and n not in TEXTS + LISTS + MAPS]
 
 
 @pytest.mark.parametrize("texts", batched([*WRITTEN, " a ", "2_0", "null"], len(TEXTS)))
@@ -94,6 +98,33 @@ def test_every_list_of_texts(prefix):
     for name in LISTS:
         assert attrgetter(name)(config) == ["1e5", "007", "null", "a b", "a,b", "layers\\.[0-3]\\.(q|k)", "x{2,3}"]
     assert compose("+tracking.tags=[]").tracking.tags == []
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize("name", MAPS)
+def test_every_mapping_of_texts(name, prefix):
+    """Each name of it may be given alone too; what the command line names adds to what a recipe names."""
+    texts = {"a": "1e5", "b": "问 题", "c": "a.b.0", "d": "null", "e": "x: y", "f": "no"}
+    written = ", ".join(f"{key}: {text}" for key, text in texts.items() if key != "e")
+    config = compose(f"{prefix}{name}={{{written}}}", f"{prefix}{name}.e='x: y'", f"{name}.f=no")
+    assert attrgetter(name)(config) == texts
+    assert cli.names(cli.quote_text([f"{name}={{a: b}}"])) == cli.names(cli.quote_text([f"{name}.a=b"])) == {name}
+    assert attrgetter(name)(compose(f"{name}={{}}")) == {}
+
+
+@pytest.mark.parametrize("value", ["q", "[q]", "null", "{prompt}", "{prompt: q"])
+def test_a_mapping_that_is_none_is_refused_by_name(value):
+    with pytest.raises((HydraException, UserError)) as caught:
+        compose(f"data.columns={value}")
+    assert "data.columns" in (load.explain(caught.value) or "")
+
+
+def test_a_mapping_in_a_recipe(tmp_path):
+    recipe = "# @package _global_\ndata:\n  columns: &c {prompt: 1e5, 007: no}\n"
+    conf = conf_with(tmp_path, experiment__x=recipe)
+    assert compose("experiment=x", conf=conf).data.columns == {"prompt": "1e5", "007": "no"}
+    assert compose("experiment=x", "data.columns.prompt=q", conf=conf).data.columns == {"prompt": "q", "007": "no"}
+    assert compose("experiment=x", "~data.columns.prompt", conf=conf).data.columns == {"007": "no"}
 
 
 def test_null_is_null_where_there_may_be_none_and_text_elsewhere():
@@ -171,7 +202,7 @@ def test_written_and_read_back(text, tmp_path):
         config,
         name=text,
         task=TaskConfig(name=text),
-        data=replace(config.data, validation=text),
+        data=replace(config.data, validation=text, columns={"prompt": text}),
         tracking=replace(config.tracking, tags=[text, "1e5"]),
     )
     (tmp_path / "config.yaml").write_text(load.to_yaml(config), encoding="utf-8")

@@ -85,7 +85,7 @@ def test_tool_calls_stay_as_they_are():
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"question": "a", "answer": "b"}, "fields question, answer are none of the known shapes: messages, conv"),
+        ({"front": "a", "back": "b"}, "fields front, back are none of the known shapes: messages, conv"),
         ({}, r"fields \(none\) are none of the known shapes"),
         ({"instruction": "a", "out": "b"}, "field `output` is missing beside `instruction`"),
         ({"completion": "b"}, "field `prompt` is missing beside `completion`"),
