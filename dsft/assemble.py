@@ -43,7 +43,7 @@ from dsft.model.stopping import Stopping, find_stopping
 from dsft.optim import parameter_groups
 from dsft.runtime.place import Place
 from dsft.runtime.world import World, computes_bf16, computes_fp16
-from dsft.tasks import TASKS, Task, isolation, settings_by_task, template
+from dsft.tasks import TASKS, Task, isolation, settings_by_task, template, tokenizer_check
 from dsft.tasks.collate import Collator
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context, reader
@@ -150,6 +150,8 @@ def plan(config: Config, place: Place) -> Plan:
     idle = effect.by_place(config, model_on_hub=model_on_hub, acts=acts)
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
+    doubts = tokenizer_check.check(model.tokenizer, model.config, "model.chat_template" in task.settings)
+    warn(place, doubts)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
     packing, why = config.data.packing, None
@@ -165,7 +167,7 @@ def plan(config: Config, place: Place) -> Plan:
         train_set=data.train,
         validation=data.validation,
         test=data.test,
-        audit=data.audit | {"example": audits.example_spans(data.train[0], model.tokenizer)},
+        audit=data.audit | {"tokenizer": doubts, "example": audits.example_spans(data.train[0], model.tokenizer)},
         why=why,
         collator=Collator(task, context, packing is Packing.padded),
         **_pack(config, sizes, data.train, packing),

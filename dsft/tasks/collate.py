@@ -78,7 +78,8 @@ class Collator:
             if name == "labels" or name.startswith(TARGET):
                 continue
             parts = [one[name] for one in arrays]
-            pad = self.context.tokenizer.pad_token_id if name == "input_ids" else 0
+            # filling is masked, so any token will do where there is none for it
+            pad = self.context.tokenizer.pad_token_id or 0 if name == "input_ids" else 0
             made[name] = np.stack(parts) if parts[0].ndim == 0 else _lay(parts, width, pad)
         if width is None:
             return made | {"position_ids": _lay(positions, None), "documents": cumulative(lengths)}
