@@ -141,7 +141,8 @@ def _texts(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, data:
         return [_everything(conversation, writer, counts)]
     groups = _chosen(grouped(passages), data.on_rewritten_history, conversation)
     made = [_group(group, conversation, counts, data.reasoning) for group in groups] or [Text("", [], [])]
-    text = writer.whole()
+    whole = groups and groups[-1][-1].turn == len(conversation.messages) - 1
+    text = groups[-1][-1].text if whole else writer.whole()
     if not groups or text.startswith(groups[-1][-1].text[: groups[-1][-1].end]):
         made[-1] = replace(made[-1], text=text)
     if data.train_on is TrainOn.weights:

@@ -33,7 +33,7 @@ def of_message(message: dict[str, Any], field: str) -> float | None:
                 f"field `{field}.{name}` is no weight that is known; give the message a `weight`, or leave the field "
                 f"out with data.ignore_fields=[{name}]"
             )
-    found = {name: value for name in MESSAGE if (value := message.pop(name, None)) is not None}
+    found = {name: value for name in MESSAGE if name in message and (value := message.pop(name)) is not None}
     weights = {name: _weight(value, f"{field}.{name}") for name, value in found.items()}
     if len(set(weights.values())) > 1:
         raise ValueError(f"field `{field}` carries different weights: {_shown(weights)}")
@@ -46,8 +46,8 @@ def of_record(fields: Mapping[str, Any]) -> float:
     Raises:
         ValueError: As for a message.
     """
-    weights = {name: _weight(value, name) for name in RECORD if (value := fields.get(name)) is not None}
-    for name in SWITCHES:
+    weights = {name: _weight(value, name) for name in RECORD if name in fields and (value := fields.get(name)) is not None}
+    for name in [one for one in SWITCHES if one in fields]:
         value = fields.get(name)
         if value is None:
             continue

@@ -58,8 +58,8 @@ def parts_of(tokens: int, room: int, cuts=(), supervised=None):
     return [(part.ids.tolist(), part.ids[part.columns["weights"] > 0].tolist()) for part in parts]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 14, 15, 16, 100, 1000])
-@pytest.mark.parametrize("room", [2, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 14, 15, 16, 100, 1000, 100_000])
+@pytest.mark.parametrize("room", [2, 3, 8, 2048])
 def test_every_token_but_the_first_is_a_target_once(tokens, room):
     parts = parts_of(tokens, room)
     assert [target for _, targets in parts for target in targets] == list(range(1, tokens))

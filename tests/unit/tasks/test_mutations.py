@@ -50,10 +50,19 @@ def outcome(context, raw: Raw | BadRecord):
     return "kept", examples, frozenset(raw.notes)
 
 
+def _without_plain(value):
+    """A record without what says nothing to a model."""
+    if isinstance(value, dict):
+        return {key: _without_plain(one) for key, one in value.items() if key not in mutations.PLAIN}
+    return [_without_plain(one) for one in value] if isinstance(value, list) else value
+
+
 def means_nothing(name: str, path: tuple, before: dict, line: bytes) -> str | None:
     """Why a change need not show, if there is a reason."""
     keys = [key for key in path if isinstance(key, str)]
-    if not path or (keys[-1] in mutations.PLAIN and name != "a field added"):
+    if not path:
+        return "it reads as the same" if _without_plain(json.loads(line)) == _without_plain(before) else None
+    if (keys[-1] in mutations.PLAIN and name != "a field added"):
         return "it says nothing to a model"
     record, value = json.loads(line), mutations.at(before, path)
     if name in ("removed", "null", "emptied", "renamed") and value in (None, "", [], {}):
