@@ -46,7 +46,9 @@ def of_record(fields: Mapping[str, Any]) -> float:
     Raises:
         ValueError: As for a message.
     """
-    weights = {name: _weight(value, name) for name in RECORD if name in fields and (value := fields.get(name)) is not None}
+    weights = {
+        name: _weight(value, name) for name in RECORD if name in fields and (value := fields.get(name)) is not None
+    }
     for name in [one for one in SWITCHES if one in fields]:
         value = fields.get(name)
         if value is None:

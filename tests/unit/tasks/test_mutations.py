@@ -62,7 +62,7 @@ def means_nothing(name: str, path: tuple, before: dict, line: bytes) -> str | No
     keys = [key for key in path if isinstance(key, str)]
     if not path:
         return "it reads as the same" if _without_plain(json.loads(line)) == _without_plain(before) else None
-    if (keys[-1] in mutations.PLAIN and name != "a field added"):
+    if keys[-1] in mutations.PLAIN and name != "a field added":
         return "it says nothing to a model"
     record, value = json.loads(line), mutations.at(before, path)
     if name in ("removed", "null", "emptied", "renamed") and value in (None, "", [], {}):
