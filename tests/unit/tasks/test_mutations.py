@@ -75,12 +75,10 @@ def means_nothing(name: str, path: tuple, before: dict, line: bytes) -> str | No
     ):
         return "a weight of 1"
     after = mutations.at(record, path) if name not in ("removed", "renamed") else None
-    if (
-        {value, after} <= {"user", "human"}
-        or {value, after} <= {"assistant", "gpt"}
-        or {value, after} <= {"tool", "function"}
-    ):
+    if any(value in same and after in same for same in (["user", "human"], ["assistant", "gpt"], ["tool", "function"])):
         return "another name for the same role"
+    if name == "in a list" and keys[-1] == "function_call":
+        return "a list of one call"
     return None
 
 
