@@ -55,7 +55,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
     tiny.write_jsonl(home / "chats.jsonl", [good] * 4)
     (home / "broken.jsonl").write_text(json.dumps(good) + '\n{"messages": [{"role": "user"}\n', encoding="utf-8")
     tiny.write_jsonl(home / "unanswered.jsonl", [good, good, {"messages": CHAT[:1]}])
-    tiny.write_jsonl(home / "faq.jsonl", [{"question": "Where is the moon?", "answer": "Over the hill."}])
+    tiny.write_jsonl(home / "faq.jsonl", [{"title": "Where is the moon?", "body": "Over the hill."}])
     long = {"prompt": "Where is the moon? " * 100, "completion": "Over the hill."}
     tiny.write_jsonl(home / "long_prompts.jsonl", [long] * 3)
     (home / "ds.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', encoding="utf-8")
