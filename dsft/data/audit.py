@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from dsft.data.blocks import WEIGHTS
 from dsft.data.held_out import repeated
 from dsft.types import Example
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from dsft.data.dataset import TokenDataset
 
 BAD = "malformed (data.on_bad_record=skip)"
-
-WEIGHTS = "weights"
-"""Name of the column, float32, shape (tokens,), by which a task says what each token counts, 0 if it is not learnt."""
 
 MAX_LISTED = 100
 """Bad records, and notes, that are listed; all are counted."""
@@ -87,7 +85,7 @@ def _supervision(dataset: TokenDataset) -> dict[str, Any]:
     """How many tokens are learnt, where a task says it of each."""
     if WEIGHTS not in dataset.entry.columns:
         return {}
-    supervised = sum(int(np.count_nonzero(dataset[number].columns[WEIGHTS])) for number in range(len(dataset)))
+    supervised = int(dataset.entry.learnt[dataset.selection].sum())
     total = float(dataset.weights.sum())
     weight = {} if total == supervised else {"supervised_weight": total}
     return {"supervised_tokens": supervised, "supervised_share": supervised / int(dataset.lengths.sum())} | weight

@@ -29,6 +29,9 @@ CHUNK = 256
 POOL_FROM = 20_000
 """Fewer records are tokenised (some 2,000 a second) before worker processes have started (some 8 seconds)."""
 
+WEIGHTS = "weights"
+"""Name of the column, float32, shape (tokens,), by which a task says what each token counts, 0 if it is not learnt."""
+
 LONGEST_PROBLEM = 300
 """Characters of an exception's message that are shown."""
 
@@ -48,6 +51,7 @@ class Block:
         records: Which record of the block each was made of, int64.
         truncated: Whether each was cut off, bool.
         contents: A hash of what each one's record says, uint64; likewise groups and strata.
+        learnt: How many tokens of each count something, int32.
         dropped: Reason -> records that made no example.
         parts_dropped: Reason -> parts of records that made other examples.
         verdicts: What to say where every record was dropped.
@@ -65,6 +69,7 @@ class Block:
     contents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     strata: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    learnt: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     dropped: Counter[str] = field(default_factory=Counter)
     parts_dropped: Counter[str] = field(default_factory=Counter)
     verdicts: set[str] = field(default_factory=set)
@@ -222,6 +227,7 @@ def _lay_out(block: Block, examples: list[tuple[int, str, Example]]) -> None:
     block.contents = np.array([example.content for example in made], np.uint64)
     block.groups = np.array([example.group for example in made], np.uint64)
     block.strata = np.array([example.stratum for example in made], np.uint64)
+    block.learnt = np.array([np.count_nonzero(example.columns.get(WEIGHTS, ())) for example in made], np.int32)
 
 
 def _dtypes(origin: str, example: Example) -> dict[str, np.dtype]:

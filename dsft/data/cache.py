@@ -24,7 +24,7 @@ from dsft.runtime.files import describe, hash_file
 from dsft.runtime.once import once_per_host
 
 PER_EXAMPLE = {"tokens": np.int32, "weights": np.float64, "records": np.int64, "truncated": np.bool_}
-PER_EXAMPLE |= dict.fromkeys(("contents", "groups", "strata"), np.uint64)
+PER_EXAMPLE |= dict.fromkeys(("contents", "groups", "strata"), np.uint64) | {"learnt": np.int32}
 """Arrays with a number for each example."""
 
 
@@ -57,6 +57,7 @@ class Entry:
         contents: A hash of what each one's record says, uint64.
         groups: A hash of its group, 0 for none, uint64.
         strata: A hash of its stratum, uint64.
+        learnt: How many of its tokens count something, where a task says what each counts; int32.
         report: What became of the records: `read`, `dropped`, `parts_dropped` and `bad`.
     """
 
@@ -68,6 +69,7 @@ class Entry:
     contents: np.ndarray
     groups: np.ndarray
     strata: np.ndarray
+    learnt: np.ndarray
     report: dict[str, Any]
 
     def __len__(self) -> int:
