@@ -18,7 +18,7 @@ from dsft.errors import UserError
 from dsft.tasks import reasoning
 from dsft.tasks.conversation import Conversation
 from dsft.tasks.manner import Manner, manner
-from dsft.tasks.template import Span, chat_template, specials, turn_end_text
+from dsft.tasks.template import Span, chat_template, special_at, specials, turn_end_text
 from dsft.tasks.turns import Mode, Passage, Writer, grouped, rewriting
 
 Weighted = tuple[Span, float]
@@ -267,5 +267,4 @@ def _content(writer: Writer, text: str, turn: int) -> Span:
     if not content or at < 0 or not (text.startswith(other[:at]) and text.startswith(content, at)):
         raise ValueError(f"turn {turn + 1} carries a weight, and the chat template does not write it as it was given")
     end = at + len(content)
-    special = max((one for one in writer.specials if text.startswith(one, end)), key=len, default="")
-    return at, end + len(special)
+    return at, end + len(special_at(text, end, writer.specials))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -103,6 +103,11 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, tools: list[dict[str, Any]
 def specials(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """Texts of all special tokens."""
     return _specials_of_size(tokenizer, len(tokenizer))
+
+
+def special_at(text: str, at: int, specials: Iterable[str]) -> str:
+    """The longest special token that a text has at a place; "" if there is none."""
+    return max((special for special in specials if text.startswith(special, at)), key=len, default="")
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:

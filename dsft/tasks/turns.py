@@ -13,7 +13,7 @@ from typing import Any
 
 from dsft.tasks import reasoning
 from dsft.tasks.calls import Message
-from dsft.tasks.template import ChatTemplate, Span
+from dsft.tasks.template import ChatTemplate, Span, special_at
 
 Options = tuple[tuple[str, Any], ...]
 THINKING: Options = (("enable_thinking", True), ("thinking", True))
@@ -114,10 +114,6 @@ class Passage:
         return max((end for _, end in self.spans), default=self.begin)
 
 
-class Parted(ValueError):
-    """A prompt is not how the text goes on that follows it, so the assistant's part of it cannot be told."""
-
-
 @dataclass(frozen=True)
 class Writer:
     """Renders the turns of one conversation.
@@ -149,25 +145,20 @@ class Writer:
             thought: Its reasoning, if it has any.
 
         Raises:
-            ValueError: The template refuses the conversation, or (Parted) the turn cannot be told from its prompt.
+            ValueError: The template refuses the conversation, or the turn does not begin with the prompt for it.
         """
         text, marks = self.template.write(self.messages[: turn + 1], self.tools, options=mode.options)
         if self.template.marks:
             before, earlier = self.template.write(self.messages[:turn], self.tools, options=mode.options)
             own = marks[len(earlier) :]
-            end = self._end_token(text, own)
+            end = special_at(text, own[-1][1], self.specials) if own else ""
             return Passage(turn, text, _common(before, text), tuple(self._closed(text, mark, end) for mark in own))
         prompt, _ = self.template.write(self.messages[:turn], self.tools, prompt=True, options=mode.options)
         if mode.composed:
             text = _composed(prompt, text, thought, self.messages[turn])
         if not text.startswith(prompt):
-            raise Parted(_where_they_part(f"prompt for turn {turn + 1}", prompt, f"up to turn {turn + 1}", text))
+            raise ValueError(_where_they_part(f"prompt for turn {turn + 1}", prompt, f"up to turn {turn + 1}", text))
         return Passage(turn, text, len(prompt), (self._closed(text, (len(prompt), len(text)), ""),))
-
-    def _end_token(self, text: str, marks: list[Span]) -> str:
-        """The special token that follows the last mark of a conversation that ends there; "" if none does."""
-        tail = text[marks[-1][1] :] if marks else ""
-        return max((special for special in self.specials if tail.startswith(special)), key=len, default="")
 
     def _closed(self, text: str, span: Span, end: str) -> Span:
         """The span from its first character to the end token of the turn, and no further."""
