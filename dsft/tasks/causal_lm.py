@@ -33,7 +33,7 @@ def encode(conversation: Conversation, context: Context) -> list[Example | Dropp
     made: list[Example | Dropped] = []
     unfit = Dropped(UNSUPERVISED, MASKED)
     for rendering in render(conversation, context.tokenizer, context.data):
-        if not weighed(rendering.columns).weight:
+        if not rendering.columns["weights"][1:].any():
             continue
         parts = _fitted(rendering, conversation, context.data)
         if isinstance(parts, Dropped):

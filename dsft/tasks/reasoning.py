@@ -19,6 +19,7 @@ TAGS = {
 }
 """Tags around reasoning that stands in the text."""
 
+_SIGNS = tuple({tag[0] for tag in (*TAGS, *TAGS.values())})
 _OPENED = "|".join(re.escape(tag) for tag in TAGS)
 _CLOSED = "|".join(re.escape(tag) for tag in TAGS.values())
 _BLOCK = re.compile(rf"\s*(?:(?P<open>{_OPENED})\s*)?(?P<reasoning>.*?)(?P<close>\s*(?:{_CLOSED})\s*)", re.DOTALL)
@@ -49,6 +50,8 @@ def apart(content: str) -> Parts:
     Raises:
         ValueError: A tag at the beginning is not closed.
     """
+    if not any(sign in content for sign in _SIGNS):
+        return Parts("", "", "", content)
     found = _BLOCK.match(content)
     if found is None:
         if opened := re.match(rf"\s*(?:{_OPENED})", content):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -116,7 +117,7 @@ def _bounds(offsets: list[Span]) -> tuple[np.ndarray, np.ndarray]:
     Byte-level tokenizers give each token of a split character the whole character, and may leave leading spaces out
     of a token's offsets: a token of spaces alone is then empty, and begins where the one before it ends.
     """
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
     reached = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
     return np.where(starts == ends, np.minimum(starts, reached), starts), ends
 

@@ -96,8 +96,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, tools: list[dict[str, Any]
             f"the tokenizer has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and none is "
             "called default. Choose one with model.chat_template=FILE."
         ) from error
-    named = tokenizer.special_tokens_map.items()
-    return ChatTemplate(source, tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in named))
+    return ChatTemplate(source, _named_specials(tokenizer, len(tokenizer)))
 
 
 def specials(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
@@ -150,6 +149,12 @@ def _turn_end(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, size: 
 def _specials_of_size(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[str, ...]:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(sorted({*tokenizer.all_special_tokens, *added} - {""}))
+
+
+@lru_cache(maxsize=4)
+def _named_specials(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[tuple[str, Any], ...]:
+    named = tokenizer.special_tokens_map.items()
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in named)
 
 
 @lru_cache(maxsize=4)
