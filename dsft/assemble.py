@@ -36,6 +36,7 @@ from dsft.evaluate import Evaluator
 from dsft.metrics import Metric, Row, comparable, declare
 from dsft.model import attention, export, layout, rows, tuning, vocabulary
 from dsft.model import load as models
+from dsft.model.head import SINGLE, Head
 from dsft.model.kind import Inseparable
 from dsft.model.noise import Noise
 from dsft.model.rehearsal import rehearse
@@ -150,10 +151,15 @@ def plan(config: Config, place: Place) -> Plan:
     idle = effect.by_place(config, model_on_hub=model_on_hub, acts=acts)
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
+    own_labels = models.own_labels(model.source) if task.kind.headed else []
     doubts = tokenizer_check.check(model.tokenizer, model.config, "model.chat_template" in task.settings)
     warn(place, doubts)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
+    if task.settle:
+        context = task.settle(context, data, own_labels)
+    if task.head:
+        model = replace(model, source=replace(model.source, head=task.head(context)))
     packing, why = config.data.packing, None
     if packing is Packing.auto:
         why = layout.why_padded(task.kind, model.config)
@@ -202,7 +208,10 @@ def _ds_config(config: Config, sizes: check.BatchSizes, precision: Precision, pl
 def _model(config: Config, task: Task, precision: Precision, place: Place, new_tokens: list[str]) -> Model:
     """What is trained, and that it can be written in the end."""
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir, task.kind)
+    source = replace(source, allow_missing=tuple(config.model.allow_missing))
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
+    if task.kind.headed:
+        source = replace(source, head=_provisional(config, tokenizer))
     text_config = models.load_config(source).get_text_config()
     words, idle = _vocabulary(config, text_config, tokenizer, new_tokens)
     warn(place, idle)
@@ -212,6 +221,13 @@ def _model(config: Config, task: Task, precision: Precision, place: Place, new_t
         destination = Path(config.run_dir).expanduser() / "model"
         rehearse(source, tokenizer, words, companions, config.tuning, DTYPES[precision], destination)
     return Model(source, text_config, tokenizer, words, stopping, companions)
+
+
+def _provisional(config: Config, tokenizer: PreTrainedTokenizerFast) -> Head:
+    """A head of some labels, by which the export can be played through before the data tell which there are."""
+    task = config.task
+    names = tuple(task.labels) or ("0", "1")
+    return Head(names, SINGLE, 0, task.head_init, task.head_dropout, task.pool, tokenizer.pad_token_id)
 
 
 def _vocabulary(
@@ -243,7 +259,7 @@ def _vocabulary(
 def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
     """What is trained on and what is held out."""
     recipe = {
-        "task": {name: _plain(value) for name, value in vars(config.task).items()},
+        "task": _encoded_by(config, task),
         "tokenizer": models.tokenizer_fingerprint(context.tokenizer),
         "chat_template": context.tokenizer.chat_template,
         "max_length": config.data.max_length,
@@ -259,6 +275,11 @@ def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
     }
     encode = partial(tasks.encode, task=task, context=context)
     return dataset.prepare(config.data, encode, recipe, config.train.seed)
+
+
+def _encoded_by(config: Config, task: Task) -> dict[str, Any]:
+    """The task and those of its settings that examples depend on."""
+    return {name: _plain(getattr(config.task, name)) for name in ("name", *sorted(task.encoded))}
 
 
 @cache
@@ -339,7 +360,9 @@ def _engine(config: Config, made: Plan, world: World) -> Engine:
     models.activation_checkpointing(model, config.activation_checkpointing, noise.checkpointing)
     tokens = isolation.probe_tokens(map(made.train_set.__getitem__, range(len(made.train_set))))
     alone = padded and {made.sizes.micro_batch_size, config.eval.micro_batch_size} == {1}
-    module = TaskModule(model, made.task.loss, kernel, config.model.logits_chunk, noise, tokens, padded, alone)
+    loss, by_document = partial(made.task.loss, settings=config.task), made.task.kind.by_document
+    chunk = config.model.logits_chunk
+    module = TaskModule(model, loss, kernel, chunk, noise, tokens, padded, alone, by_document)
     built = Engine(module, made.ds, config.optim, world)
     _check_engine(config, made, built)
     return built
@@ -442,6 +465,7 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
         },
         **tuned,
         checkpoint.NEW_TOKENS: [*made.model.words.added],
+        **({checkpoint.HEAD: source.head.identity()} if source.head else {}),
         "precision": made.precision.value,
         "optim.name": config.optim.name.value,
         "optim.layer_decay": config.optim.layer_decay,
@@ -456,7 +480,8 @@ def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
         "header columns prompt_template few_shot.path few_shot.count packages max_records max_length train_on "
         "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow"
     ).split()
-    task = {f"task.{name}": _plain(value) for name, value in vars(config.task).items() if name != "name"}
+    encoded = _encoded_by(config, made.task).items()
+    task = {f"task.{name}": value for name, value in encoded if name != "name"}
     return {
         "key": made.train_set.key,
         "settings": {f"data.{name}": _plain(attrgetter(name)(config.data)) for name in settings}

@@ -234,6 +234,7 @@ def _other_tokens(setting: str, before: list[str] | None, now: list[str]) -> str
 DATA = "data.train"
 MODEL = "model.path"
 NEW_TOKENS = "data.new_tokens"
+HEAD = "task.labels"
 TOKENS_SHOWN = 4
 _DIFFERENCES = {DATA: _other_data, MODEL: _other_model, NEW_TOKENS: _other_tokens}
 """How a difference is said, where setting and values alone do not say it."""

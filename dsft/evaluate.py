@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from dsft.data.dataset import TokenDataset
@@ -35,6 +37,9 @@ class Evaluator:
         token_budget: Tokens of a forward pass.
         stop_tokens: Token ids that end a generated answer.
         row: Which rows its metrics stand in: EVALUATION or TEST.
+
+    Attributes:
+        about: What the task has to show of the last evaluation beside its metrics (`Task.judge`), in JSON types.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Evaluator:
         lengths = np.asarray(dataset.lengths)[self._examples]
         self._batches = evaluation_batches(lengths, world.rank, world.size, micro_batch_size, token_budget)
         self._stop_tokens = list(stop_tokens)
+        self.about: dict[str, Any] = {}
 
     def metrics(self, engine: Engine, bar: Callable[..., AbstractContextManager]) -> dict[str, float]:
         """The metrics of an evaluation over the whole set, the same on every rank; all ranks call it.
@@ -73,17 +79,36 @@ class Evaluator:
             bar: `tracking.Tracker.bar`, to show progress.
         """
         begun = time.perf_counter()
-        tally, examples = Tally(), 0
+        tally, examples, numbers = Tally(), 0, list[int]()
         with bar("evaluate" if self._row is Row.EVALUATION else "test", len(self._batches)) as advance:
             for documents in self._batches:
                 parts = [self._dataset[int(number)] for number in self._examples[documents]]
+                numbers.extend(self._examples[documents].tolist() if len(documents) else [])
                 batch = self._collator.evaluate(parts, self._views[documents].tolist())
                 tally.add(engine.evaluate(batch))
                 examples += batch.examples
                 advance(1)
         sums = tally.read()
-        quantities = {"examples": examples, "eval_seconds": time.perf_counter() - begun}
+        quantities = {"examples": examples, **self._judged(tally, numbers)}
+        quantities["eval_seconds"] = time.perf_counter() - begun
         return form(self._metrics, self._row, across(self._world.gather, sums, quantities))
+
+    def _judged(self, tally: Tally, numbers: list[int]) -> dict[str, float]:
+        """What the task makes of the rows of all ranks; the same on every rank.
+
+        Args:
+            tally: With this rank's rows.
+            numbers: Which example each of them is of.
+        """
+        task, context = self._collator.task, self._collator.context
+        if task.judge is None:
+            return {}
+        mine = {name: torch.cat(rows).cpu().numpy() for name, rows in tally.rows.items()}
+        parts = [part for part in self._world.gather_objects((numbers, mine)) if part[0]]
+        order = np.argsort(np.concatenate([part[0] for part in parts]))
+        rows = {name: np.concatenate([part[1][name] for part in parts])[order] for name in parts[0][1]}
+        found, self.about = task.judge(rows, context)
+        return found
 
     def answers(self, engine: Engine) -> tuple[list[dict[str, str]], list[str]]:
         """The task's samples of the first validation examples; all ranks call it, and all make the same.

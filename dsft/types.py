@@ -72,6 +72,7 @@ class Example:
         content: A hash of what its record says; equal for records that say the same.
         group: A hash of its record's group, 0 for none: records of a group are held out together or not at all.
         stratum: A hash of its record's stratum: each is held out by the same share.
+        labels: Names of the labels that it brings; all of a data set's are collected (`Entry.report`).
     """
 
     columns: dict[str, np.ndarray]
@@ -83,6 +84,7 @@ class Example:
     content: int = 0
     group: int = 0
     stratum: int = 0
+    labels: tuple[str, ...] = ()
 
     @property
     def ids(self) -> np.ndarray:

@@ -273,12 +273,14 @@ def task(
     seed: int = 0,
     alpha: float = 0.0,
     padded: bool = False,
+    **settings,
 ) -> TaskModule:
-    """A model with the loss of its task, as a run makes it."""
+    """A model with the loss of its task, as a run makes it; `settings` are those of its own section."""
     noise = Noise(model, seed, alpha)
     vocabulary = model.config.get_text_config().vocab_size
     probe = probe_tokens(examples(3, vocabulary=vocabulary))
-    return TaskModule(model, TASKS[name].loss, kernel, chunk, noise, probe, padded)
+    loss = partial(TASKS[name].loss, settings=TaskConfig(name=name, **settings))
+    return TaskModule(model, loss, kernel, chunk, noise, probe, padded, by_document=TASKS[name].kind.by_document)
 
 
 def documents(lengths: list[int], device="cpu", kernel: Attention = Attention.per_document, noise=None) -> Documents:

@@ -6,6 +6,7 @@ What the model is made of stands in the checkpoint alone; the run's directory ma
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dsft.errors import UserError
 from dsft.model import export as writing
 from dsft.model import load as models
 from dsft.model import tuning, vocabulary
+from dsft.model.head import Head
 from dsft.model.kind import Kind
 from dsft.tasks import TASKS
 
@@ -53,6 +55,9 @@ def export(
     dtype = assemble.DTYPES[Precision[state["identity"]["precision"]]]
     kind = TASKS[config.task.name].kind
     source = base_model(state["identity"][checkpoint.MODEL], model_path, config.data.cache_dir, kind)
+    if kind.headed:
+        head = Head.restored(state["identity"][checkpoint.HEAD])
+        source = replace(source, head=head, allow_missing=tuple(config.model.allow_missing))
     model = _model(config, state, source, dtype, merge)
     put_weights(model, checkpoint.weights(path), str(path))
     report = writing.write_model(

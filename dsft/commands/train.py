@@ -28,6 +28,7 @@ from dsft.data import audit as audits
 from dsft.engine import Engine
 from dsft.errors import UserError
 from dsft.model import export, tuning
+from dsft.model.head import describe as describe_head
 from dsft.optim import Schedule
 from dsft.runtime.files import write_json, write_text
 from dsft.runtime.locks import hold
@@ -177,6 +178,9 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
         if plan.why:
             tracker.note(f"data.packing=auto takes {plan.packing.value}: {plan.why}")
         tracker.note(_headline(the_loop.engine, plan, run_dir))
+        if head := plan.model.source.head:
+            new = getattr(the_loop.engine.module.plain, "new_parameters", [])
+            tracker.note(describe_head(head, new))
         trained = config.tuning.method is Method.full or config.tuning.new_tokens
         for line in [*plan.model.words.notes(audit["new_tokens"], trained), plan.model.stopping.note]:
             if line:

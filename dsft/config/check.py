@@ -74,7 +74,7 @@ def check(
         *_ranges(config),
         *_empty(config),
         *_data(config),
-        *_tuning(config),
+        *_tuning(config, "task.head_init" in tasks[config.task.name]),
         *_warmup(config.schedule),
         *_metric_names(config, metrics),
         *_zero(config, ds),
@@ -235,9 +235,10 @@ def _data(config: Config) -> Iterator[str]:
         )
 
 
-def _tuning(config: Config) -> Iterator[str]:
+def _tuning(config: Config, headed: bool) -> Iterator[str]:
+    """With a head of its own a model has always something to train."""
     tuning = config.tuning
-    chosen = tuning.trainable or tuning.last_layers is not None or tuning.new_tokens
+    chosen = tuning.trainable or tuning.last_layers is not None or tuning.new_tokens or headed
     if tuning.method is Method.freeze and not chosen:
         yield (
             "tuning.method=freeze without tuning.last_layers, tuning.trainable or tuning.new_tokens would train "
@@ -245,11 +246,12 @@ def _tuning(config: Config) -> Iterator[str]:
         )
     if tuning.method is Method.lora and not tuning.target_modules:
         yield "tuning.method=lora with tuning.target_modules=[] would train nothing: name modules, or [all-linear]."
-    for pattern in tuning.trainable:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"tuning.trainable has {pattern!r}, which is no regular expression: {error}."
+    for name, patterns in (("tuning.trainable", tuning.trainable), ("model.allow_missing", config.model.allow_missing)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{name} has {pattern!r}, which is no regular expression: {error}."
 
 
 def _warmup(schedule: ScheduleConfig) -> Iterator[str]:

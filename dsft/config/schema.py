@@ -60,6 +60,23 @@ class OnOverflow(Enum):
     error = "error"
 
 
+class HeadInit(Enum):
+    normal = "normal"
+    xavier = "xavier"
+
+
+class Pool(Enum):
+    cls = "cls"
+    mean = "mean"
+    last = "last"
+
+
+class Balance(Enum):
+    none = "none"
+    balanced = "balanced"
+    effective_number = "effective_number"
+
+
 class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
@@ -191,6 +208,9 @@ class ModelConfig:
     attention weights: `flash` draws that by noise of its own, which depends on the split, `torch_varlen` not at all."""
     logits_chunk: int = setting(1024, range=AT_LEAST_1, of_some_tasks=True)
     """Supervised tokens whose logits exist at once; bounds the memory that the vocabulary takes."""
+    allow_missing: list[str] = setting([], of_some_tasks=True)
+    """Regular expressions; parameters whose name one of them finds, and that the model's files lack, get new first
+    values as a head does. A head itself needs no mention."""
 
 
 @dataclass
@@ -288,6 +308,35 @@ class TaskConfig:
     """Share of an example's tokens that are to be predicted."""
     whole_words: bool = setting(False, of_some_tasks=True)
     """Predict whole words, not single tokens."""
+    labels: list[str] = setting([], of_some_tasks=True)
+    """All labels, in the order of the model's outputs; without it those of the training data, numbers by their size and
+    names by the alphabet."""
+    multi_label: bool = setting(False, of_some_tasks=True)
+    """Whether a record may have several labels at once, or none; each is then decided by itself."""
+    balance: Balance = setting(Balance.none, of_some_tasks=True)
+    """What a record counts in the loss of training by how frequent its label is: `balanced` as n / (labels x n of the
+    label), `effective_number` by (1 - beta) / (1 - beta^n) (arXiv:1901.05555); both are 1 in the mean over records."""
+    effective_beta: float = setting(
+        0.999,
+        range=BELOW_1,
+        of_some_tasks=True,
+        acts=When("task.balance", Balance.effective_number, choose="task.balance=effective_number"),
+    )
+    """The beta of that."""
+    label_weights: list[float] = setting([], of_some_tasks=True)
+    """What a record of each label counts in the loss of training, in the order of `task.labels`."""
+    focal_gamma: float = setting(0.0, range=NOT_NEGATIVE, of_some_tasks=True)
+    """Focal loss of training (arXiv:1708.02002): what is predicted well with probability p counts (1 - p)^gamma."""
+    label_smoothing: float = setting(0.0, range=BELOW_1, of_some_tasks=True)
+    """Share of the target that is spread over all labels in the loss of training (arXiv:1512.00567)."""
+    head_init: HeadInit = setting(HeadInit.normal, of_some_tasks=True)
+    """First values of a new head's matrices, by `train.seed`: `normal` with the standard deviation of the model's
+    config, or `xavier` (uniform)."""
+    head_dropout: float | None = setting(None, range=BELOW_1, of_some_tasks=True)
+    """Dropout before the head; null keeps the model's own."""
+    pool: Pool | None = setting(None, of_some_tasks=True)
+    """What the head is given of a text: its first token, the mean of all, or the last; null keeps the model's own. What
+    the architecture cannot do is refused, as the exported model has to do the same."""
 
 
 @dataclass

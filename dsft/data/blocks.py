@@ -58,6 +58,7 @@ class Block:
         bad: Malformed records.
         notes: What is to be said of records -> how many it holds for.
         origin: Where the first record with an example came from.
+        labels: Name of each label -> how many examples have it, and where the first one came from.
     """
 
     read: int = 0
@@ -76,6 +77,7 @@ class Block:
     bad: list[BadRecord] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     origin: str = ""
+    labels: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def blocks(
@@ -227,6 +229,10 @@ def _lay_out(block: Block, examples: list[tuple[int, str, Example]]) -> None:
     block.contents = np.array([example.content for example in made], np.uint64)
     block.groups = np.array([example.group for example in made], np.uint64)
     block.strata = np.array([example.stratum for example in made], np.uint64)
+    for origin, example in zip(origins, made, strict=True):
+        for label in example.labels:
+            count, first = block.labels.get(label, (0, origin))
+            block.labels[label] = count + 1, first
     block.learnt = np.array([np.count_nonzero(example.columns.get(WEIGHTS, ())) for example in made], np.int32)
 
 

@@ -48,6 +48,10 @@ from dsft.runtime.once import once_per_host
 from dsft.types import Example
 
 
+MAX_LABELS = 10_000
+"""Different labels that a data set may have."""
+
+
 class TokenDataset:
     """A selection of the examples of one cache entry.
 
@@ -124,12 +128,14 @@ class Prepared:
         validation: Validation set, or None.
         test: Test set, or None.
         audit: What became of the records of each.
+        labels: Where they were read -> name of each label -> how many examples have it, and where the first one is.
     """
 
     train: TokenDataset
     validation: TokenDataset | None
     test: TokenDataset | None
     audit: dict[str, Any]
+    labels: dict[str, dict[str, Any]]
 
 
 def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int) -> Prepared:
@@ -162,9 +168,11 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     parts: dict[str, Any] = {"train": audit.part(found.name, _report(found, entry), train, held_records)}
     given = {"validation": data.validation, "test": data.test}
     sets: dict[str, TokenDataset | None] = dict(zip(given, held))
+    labels = {found.name: entry.report["labels"]}
     for name, spec in given.items():
         if spec:
             own_key, own = _entry(places[f"data.{name}"], data, encode, recipe, None)
+            labels[spec] = own.report["labels"]
             chosen = TokenDataset(own_key, own, np.arange(len(own)))
             parts[name] = audit.part(spec, _report(places[f"data.{name}"], own), chosen, 0)
             sets[name] = chosen
@@ -172,7 +180,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
             parts[name] = _held_out_part(found.name, sets[name])
         if parts[name]:
             parts[name]["records_also_trained_on"] = _also(train, sets[name])
-    return Prepared(train, sets["validation"], sets["test"], parts)
+    return Prepared(train, sets["validation"], sets["test"], parts, labels)
 
 
 def _held_out_part(name: str, held: TokenDataset | None) -> dict[str, Any] | None:
@@ -265,6 +273,7 @@ def _fill(
     notes: Counter[str] = Counter()
     verdicts: set[str] = set()
     bad: list[list[str]] = []
+    labels: dict[str, list[Any]] = {}
     read = examples = 0
     stop_at_bad = data.on_bad_record is OnBadRecord.error
     for block in blocks.blocks(islice(found.records(), limit), encode, data.num_workers, stop_at_bad, scratch):
@@ -276,6 +285,7 @@ def _fill(
         parts += block.parts_dropped
         notes += block.notes
         verdicts |= block.verdicts
+        _collect(labels, block.labels, found.name)
         bad += [[one.origin, one.problem] for one in block.bad[: audit.MAX_LISTED - len(bad)]]
     counts = {
         "read": read,
@@ -285,7 +295,23 @@ def _fill(
     }
     if not examples:
         raise UserError(_nothing_left(found.name, counts, bad, verdicts))
-    return {**counts, "bad": bad, "files": found.notes()}
+    return {**counts, "bad": bad, "files": found.notes(), "labels": labels}
+
+
+def _collect(labels: dict[str, list[Any]], more: dict[str, tuple[int, str]], name: str) -> None:
+    """Add a block's labels.
+
+    Raises:
+        UserError: There are so many different ones that they are none.
+    """
+    for label, (count, origin) in more.items():
+        labels.setdefault(label, [0, origin])[0] += count
+    if len(labels) > MAX_LABELS:
+        shown = ", ".join(f"{label!r:.40}" for label in list(labels)[:3])
+        raise UserError(
+            f"{name}: more than {MAX_LABELS:,} different labels, {shown} among them: name the field with the label by "
+            "data.columns={label: FIELD}"
+        )
 
 
 def _nothing_left(name: str, counts: dict[str, Any], bad: list[list[str]], verdicts: set[str]) -> str:

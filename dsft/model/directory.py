@@ -107,7 +107,7 @@ def _own_code(about: dict[str, Any], kind: Any) -> str | None:
 
 def _of_another_kind(about: dict[str, Any], wanted: Kind) -> str | None:
     names, what = about.get("architectures") or [], wanted.lacks(about)
-    if what is None and names and all(OTHER_HEAD.search(name) for name in names):
+    if what is None and not wanted.headed and names and all(OTHER_HEAD.search(name) for name in names):
         what = "a model with another head, which would be left out,"
     if what is None:
         return None

@@ -20,10 +20,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from dsft.errors import UserError
+from dsft.model import head as heads
 from dsft.model.kind import CAUSAL, Kind
 from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
 from dsft.model.rows import NEW, Gather, whole
@@ -111,7 +112,7 @@ def write_model(
     adapters = isinstance(model, PeftModel) and not merge
     stem = "adapter_model" if adapters else "model"
     shards = Shards(_unfinished(directory), stem, sys.maxsize if adapters else max_shard_bytes)
-    for tensors in stream(model, adapters, gather, is_writer, dtype):
+    for tensors in stream(model, adapters, gather, is_writer, dtype, kind):
         shards.add(tensors)
     if not is_writer:
         return None
@@ -138,7 +139,7 @@ def _finish(
         with disk_errors(directory):
             shards.close()
             write_companions(companions, unfinished)
-            write_configs(model, unfinished, adapters, dtype)
+            write_configs(model, unfinished, adapters, dtype, kind)
         report = verify(unfinished, probe, dtype, directory, kind) if probe else None
         with disk_errors(directory):
             _publish(unfinished, directory)
@@ -182,6 +183,7 @@ def verify(
     with torch.no_grad():
         found = model(input_ids=probe.ids.cpu()).logits.double()
     expected = probe.logits.detach().cpu().double()
+    found = found[None] if kind.by_document else found
     if found.shape != expected.shape:
         raise UserError(
             f"The model written to {destination or written} is not the one that was trained: it has "
@@ -205,11 +207,21 @@ def verify(
 
 
 def stream(
-    model: PreTrainedModel | PeftModel, adapters: bool, gather: Gather, is_writer: bool, dtype: torch.dtype
+    model: PreTrainedModel | PeftModel,
+    adapters: bool,
+    gather: Gather,
+    is_writer: bool,
+    dtype: torch.dtype,
+    kind: Kind = CAUSAL,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The written model's tensors on the host, a decoder layer at a time; nothing but the gathers for other ranks."""
     base = _base(model)
     pieces = _adapter_pieces(base) if adapters else _whole_pieces(base)
+    if adapters and kind.headed:
+        own = {f"base_model.model.{name}": tensor for name, tensor in heads.parameters(base).items()}
+        with gather(list(own.values())):
+            if is_writer:
+                yield {name: _on_host(tensor, dtype) for name, tensor in own.items()}
     for _, group in groupby(pieces, key=lambda piece: piece.layer):
         tensors: dict[str, torch.Tensor] = {}
         for piece in group:
@@ -368,14 +380,20 @@ def write_companions(companions: dict[str, bytes], directory: Path) -> None:
         (directory / name).write_bytes(content)
 
 
-def write_configs(model: PreTrainedModel | PeftModel, directory: Path, adapters: bool, dtype: torch.dtype) -> None:
-    """The model's own config, or the adapters'."""
+def write_configs(
+    model: PreTrainedModel | PeftModel, directory: Path, adapters: bool, dtype: torch.dtype, kind: Kind = CAUSAL
+) -> None:
+    """The model's own config, or the adapters'; with these the model's too where it says what a head's outputs are."""
     if adapters:
         (directory / GENERATION_CONFIG).unlink(missing_ok=True)  # the base model's own counts
         adapter_config = copy.deepcopy(model.peft_config[ADAPTER])
         adapter_config.inference_mode = True
+        if kind.headed:
+            adapter_config.task_type, adapter_config.exclude_modules = kind.adapters, None
+            adapter_config.modules_to_save = [name.rpartition(".")[2] for name in heads.modules(_base(model))]
         adapter_config.save_pretrained(directory)
-        return
+        if not kind.headed:
+            return
     base = _base(model)
     config = copy.deepcopy(base.config)
     config.dtype = dtype
@@ -413,7 +431,8 @@ def _reload(directory: Path, dtype: torch.dtype, kind: Kind) -> nn.Module:
         return load_model(ModelSource(str(directory), None, "", str(directory), kind=kind), dtype, "eager")
     named = json.loads(adapter_config.read_text(encoding="utf-8"))
     path = named["base_model_name_or_path"]
-    base = load_model(ModelSource(path, named.get("revision"), "", path, kind=kind), dtype, "eager")
+    head = heads.described(AutoConfig.from_pretrained(directory)) if kind.headed else None
+    base = load_model(ModelSource(path, named.get("revision"), "", path, kind=kind, head=head), dtype, "eager")
     return PeftModel.from_pretrained(base, str(directory), autocast_adapter_dtype=False)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from dsft.errors import UserError
@@ -30,7 +31,9 @@ class Kind:
         noun: What one is called, for messages: `a causal language model`.
         such_as: Some, for messages: `a Llama, Qwen or Gemma`.
         adapters: What peft calls the task.
-        encoder: Whether its tokens see what comes after them.
+        encoder: Whether its tokens see what comes after them; None where they may or may not.
+        headed: Whether it gets a head of its own, new where its files have none for what is learnt.
+        by_document: Whether it answers once for each document, and not at each token.
     """
 
     auto: Any
@@ -38,7 +41,9 @@ class Kind:
     noun: str
     such_as: str
     adapters: str
-    encoder: bool = False
+    encoder: bool | None = False
+    headed: bool = False
+    by_document: bool = False
 
     def lacks(self, about: Mapping[str, Any]) -> str | None:
         """What a model is instead, by the content of its `config.json`; None if it is of this kind, as far as is known.
@@ -48,7 +53,7 @@ class Kind:
         family = about.get("model_type")
         if about.get("is_encoder_decoder"):
             return "an encoder-decoder"
-        if not self.encoder and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
+        if self.encoder is False and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
             return "an encoder"
         if self.encoder and about.get("is_decoder"):
             return "a decoder"
@@ -71,4 +76,14 @@ MASKED = Kind(
     such_as="a BERT, RoBERTa or ModernBERT",
     adapters="FEATURE_EXTRACTION",
     encoder=True,
+)
+SEQUENCE = Kind(
+    auto=AutoModelForSequenceClassification,
+    families=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    noun="a model with a head for whole texts",
+    such_as="a BERT, RoBERTa, ModernBERT, Llama or Qwen",
+    adapters="SEQ_CLS",
+    encoder=None,
+    headed=True,
+    by_document=True,
 )

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.quantization_config import GgufConfig
@@ -35,6 +36,7 @@ from transformers.utils.quantization_config import GgufConfig
 from dsft.config.schema import ActivationCheckpointing
 from dsft.errors import UserError
 from dsft.model import directory as directories
+from dsft.model import head as heads
 from dsft.model.kind import CAUSAL, Inseparable, Kind
 from dsft.runtime.content import disguise
 
@@ -61,6 +63,8 @@ class ModelSource:
         origin: The same for whoever asks from another working directory.
         files: Name to hex digest of each file that decides the weights; empty for a hub id, whose commit says it all.
         kind: What is made of it.
+        head: The head that it gets, where its kind has one.
+        allow_missing: Regular expressions of parameters that its files may lack (`model.allow_missing`).
     """
 
     path: str
@@ -70,6 +74,8 @@ class ModelSource:
     origin: str = ""
     files: dict[str, str] = field(default_factory=dict, compare=False)
     kind: Kind = CAUSAL
+    head: heads.Head | None = None
+    allow_missing: tuple[str, ...] = ()
 
 
 def resolve(
@@ -227,7 +233,17 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     with _loading(source, "config.json"):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     directories.check_config(source.name, config.to_dict(), source.kind)
+    if source.head is not None:
+        heads.configure(config, source.head, source.kind)
     return config
+
+
+def own_labels(source: ModelSource) -> list[str]:
+    """Names of the outputs of the head that the model's files hold, in order; none where they hold none."""
+    with _loading(source, "config.json"):
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+    heads_own = any(directories.OTHER_HEAD.search(name) for name in config.architectures or [])
+    return [str(config.id2label[number]) for number in sorted(config.id2label)] if heads_own else []
 
 
 def load_generation_config(source: ModelSource) -> bytes | None:
@@ -319,8 +335,11 @@ def load_model(
         Inseparable: It takes no attention from outside.
         UserError: It cannot be read, or lacks weights; they are listed.
     """
+    given: dict[str, Any] = {}
+    if source.head is not None:
+        given = {"config": load_config(source), "ignore_mismatched_sizes": True}
     try:
-        with _loading(source, "model"):
+        with _loading(source, "model"), _without_report(source):
             model, info = source.kind.auto.from_pretrained(
                 source.path,
                 revision=source.revision,
@@ -329,6 +348,7 @@ def load_model(
                 device_map=device,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **given,
             )
     except KeyError as error:  # an architecture with a table of attentions of its own
         if error.args != (attn_implementation,):
@@ -337,16 +357,30 @@ def load_model(
             f"model.path={source.name}: this architecture takes no attention but its own, which would let the "
             "documents of a row see each other. Use data.packing=padded, or another model."
         ) from error
+    _refuse_missing(source, model, info)
+    if hasattr(model.config.get_text_config(), "use_cache"):
+        model.config.get_text_config().use_cache = False
+    return model
+
+
+def _refuse_missing(source: ModelSource, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights that the files lack and nobody gives values to; a head that is new gets its first ones here."""
     missing = sorted(info["missing_keys"])
+    if source.head is not None:
+        heads.check_dropout(model, source.head)
+        other = own_labels(source) != list(source.head.labels)
+        # a head for other labels is none for these, though it may have as many outputs
+        wanted = heads.outputs(model) if other else []
+        mismatched = [name for name, *_ in info["mismatched_keys"]]
+        new = {*missing, *mismatched, *wanted}
+        missing = list(heads.fresh(model, source.head, new, source.allow_missing))
+        model.new_parameters = sorted(new)
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise UserError(
             f"model.path={source.name}: its files lack {len(missing)} weights of {type(model).__name__}: "
             f"{', '.join(missing[:8])}{more}. They would be random numbers. Give a directory with the whole model."
         )
-    if hasattr(model.config.get_text_config(), "use_cache"):
-        model.config.get_text_config().use_cache = False
-    return model
 
 
 def rotation_switch(config: PreTrainedConfig) -> int | None:
@@ -405,6 +439,18 @@ def even_modes(directory: Path) -> None:
     """Let whoever may read the tokenizer read the weights too; safetensors keeps them to their owner."""
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / "tokenizer_config.json", file)
+
+
+@contextlib.contextmanager
+def _without_report(source: ModelSource) -> Iterator[None]:
+    """Inside, transformers does not list what the files lack of a model that gets a new head: that is said here."""
+    before = transformers_logging.get_verbosity()
+    if source.head is not None:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

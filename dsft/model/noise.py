@@ -242,7 +242,7 @@ class Noise:
             module: Where it happens.
             x: Shape (1, tokens, ...) or (tokens, ...), the tokens of the batch that `begin` was given; of padded ones
                 (documents, width, ...) or (documents * width, ...), or attention weights, shape
-                (documents, heads, width, width).
+                (documents, heads, width, width); or (documents, features), which draws by the first tokens' keys.
             p: Share of elements set to 0, of all values scaled so that the expectation stays.
 
         Raises:
@@ -251,19 +251,20 @@ class Noise:
         padded, layout = self._tokens.dim() == 2, (1, *self._tokens.shape)[-2:]
         if padded and x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (*layout, layout[1]):
             return self._padded_attention_dropout(module, x, p)
-        tokens = self._tokens.numel()
-        in_order = x.shape[0] == tokens or (x.dim() > 1 and x.shape[:2] == layout)
-        if not in_order or self._tables.get(self._place(module)) == x.shape:
+        of, table = self._tokens, self._tables.get(self._place(module)) == x.shape
+        if x.dim() == 2 and len(x) == len(self._lengths) and not table:
+            of = of[:, 0] if padded else of[self._lengths.cumsum(0) - self._lengths]
+        elif table or not (x.shape[0] == of.numel() or (x.dim() > 1 and x.shape[:2] == layout)):
             return self._table_dropout(module, x, p)
-        features = x.numel() // tokens
+        features = x.numel() // of.numel()
         keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
         self._calls[module] += 1
         dropped = round(p * LEVELS)
         if x.is_cuda and _HAS_TRITON and 0 < dropped < LEVELS:
             from dsft.model.noise_kernel import FusedDrop  # where triton is: with torch for CUDA
 
-            return FusedDrop.apply(x, self._tokens.flatten(), keys[0], dropped)
-        return _dropped(x, draw(self._tokens.view(-1, 1), keys)[:, :features].reshape(x.shape), dropped)
+            return FusedDrop.apply(x, of.flatten(), keys[0], dropped)
+        return _dropped(x, draw(of.reshape(-1, 1), keys)[:, :features].reshape(x.shape), dropped)
 
     def _table_dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         """Dropout of a tensor that has nothing to do with the batch, such as a table of relative positions.

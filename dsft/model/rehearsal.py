@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dsft.config.schema import TuningConfig
 from dsft.errors import UserError
 from dsft.model import export, rows, tuning
+from dsft.model import head as heads
 from dsft.model.load import ModelSource, load_model, plain_loading
 from dsft.model.vocabulary import Vocabulary
 
@@ -59,12 +60,15 @@ def rehearse(
         for adapters in (False, True) if alone else (False,):
             with tempfile.TemporaryDirectory() as scratch, _refusing(source, adapters):
                 export.write_companions(companions, Path(scratch))
-                export.write_configs(model, Path(scratch), adapters, dtype)
+                export.write_configs(model, Path(scratch), adapters, dtype, source.kind)
                 tensors: dict[str, torch.Tensor] = {}
-                for part in export.stream(model, adapters, lambda parameters: nullcontext(), True, dtype):
+                gather, kind = (lambda parameters: nullcontext()), source.kind
+                for part in export.stream(model, adapters, gather, True, dtype, kind):
                     tensors |= part
                 if adapters:
-                    _check_adapters(model, tensors)
+                    head = {f"base_model.model.{name}" for name in heads.parameters(model.get_base_model())}
+                    own = head if source.kind.headed else set()
+                    _check_adapters(model, {name: t for name, t in tensors.items() if name not in own})
                 else:
                     _check_whole(model, tensors, Path(scratch))
                     _compare_tokenizers(tokenizer, Path(scratch))

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsft.config.schema import Method, TuningConfig
 from dsft.errors import UserError
+from dsft.model import head as heads
 from dsft.model import rows
 from dsft.model.kind import CAUSAL, Kind
 from dsft.model.vocabulary import Vocabulary
@@ -54,7 +55,7 @@ def apply(
         case Method.full:
             pass
         case Method.freeze:
-            _freeze(model, tuning)
+            _freeze(model, tuning, kind)
         case Method.lora:
             model = _add_lora(model, tuning, seed, kind)
     if tuning.new_tokens and vocabulary is not None:
@@ -112,14 +113,15 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def _freeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
-    """Train only what a pattern finds in a parameter's name, and the last layers."""
-    if not tuning.trainable and tuning.last_layers is None and not tuning.new_tokens:
+def _freeze(model: PreTrainedModel, tuning: TuningConfig, kind: Kind) -> None:
+    """Train only what a pattern finds in a parameter's name, the last layers, and the head that a task has put on."""
+    if not (tuning.trainable or tuning.last_layers is not None or tuning.new_tokens or kind.headed):
         raise UserError(
             "tuning=freeze: nothing would be trained. Set tuning.trainable (regular expressions), tuning.last_layers "
             "or tuning.new_tokens."
         )
-    chosen = [p for pattern in tuning.trainable for p in _matching(model, pattern)]
+    chosen = list(heads.parameters(model).values()) if kind.headed else []
+    chosen += [p for pattern in tuning.trainable for p in _matching(model, pattern)]
     if tuning.last_layers is not None:
         chosen += _top(model, tuning.last_layers)
     model.requires_grad_(False)
@@ -167,7 +169,9 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int, kind: Kin
         target_modules=_targets(model, list(tuning.target_modules)),
         use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora,
-        task_type=kind.adapters,
+        # for others peft makes copies of the head, which is trained as it is here
+        task_type="FEATURE_EXTRACTION" if kind.headed else kind.adapters,
+        exclude_modules=_linear(heads.modules(model)) if kind.headed else None,
     )
     # peft draws on the host. Only that generator is set and put back: torch.manual_seed would reseed CUDA's as well.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -178,11 +182,20 @@ def _add_lora(model: PreTrainedModel, tuning: TuningConfig, seed: int, kind: Kin
         torch.default_generator.manual_seed(seed)
         # Adapters in the weights' own type: fp32 ones on bf16 weights break ZeRO-3, and DeepSpeed keeps fp32 masters.
         try:
-            return get_peft_model(model, config, autocast_adapter_dtype=False)
+            made = get_peft_model(model, config, autocast_adapter_dtype=False)
+            for parameter in heads.parameters(model).values() if kind.headed else ():
+                parameter.requires_grad_(True)
+            return made
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as problem:  # peft refuses by ValueError, and fails in other ways at layers unknown to it
             raise UserError(_refusal(tuning, problem)) from problem
+
+
+def _linear(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of all linear layers in these modules."""
+    inside = [(name, layer) for name, module in modules.items() for layer in module.named_modules(prefix=name)]
+    return [name for _, (name, layer) in inside if isinstance(layer, nn.Linear | Conv1D)]
 
 
 def _refusal(tuning: TuningConfig, problem: Exception) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from dsft.config.schema import DataConfig, OnOverflow
+from dsft.config.schema import DataConfig, OnOverflow, TaskConfig
 from dsft.metrics import Metric, mean
 from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import SHAPES, Conversation
@@ -16,7 +16,7 @@ from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
 from dsft.tasks.nll import perplexity
 from dsft.tasks.render import Rendering, render
-from dsft.tasks.task import Context, Sampling, Sums, Task, View
+from dsft.tasks.task import Context, Outcome, Sampling, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
 
 UNSUPERVISED = "no supervised tokens"
@@ -79,10 +79,10 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
     return {"input_ids": ids, "labels": labels, "target_weights": weights}
 
 
-def loss(forward: Forward, batch: Batch) -> tuple[torch.Tensor, Sums]:
+def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     """Summed negative log-likelihood of the supervised tokens, in nats, and first guesses, each times its weight."""
     nll = forward.nll(batch)
-    return nll.total, {"correct": nll.correct}
+    return Outcome(nll.total, {"correct": nll.correct})
 
 
 def split_prompt(example: Example) -> tuple[np.ndarray, np.ndarray]:

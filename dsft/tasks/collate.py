@@ -14,6 +14,9 @@ from dsft.model.noise import token_keys
 from dsft.tasks.task import Context, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Example
 
+DOCUMENT = "document_"
+"""How the names of arrays begin of which each document has one, of any shape, the same for all."""
+
 TARGET = "target_"
 """How the names of arrays begin that a batch holds only where there are targets."""
 
@@ -78,9 +81,12 @@ class Collator:
             if name == "labels" or name.startswith(TARGET):
                 continue
             parts = [one[name] for one in arrays]
+            if name.startswith(DOCUMENT):
+                made[name] = np.stack(parts)
+                continue
             # filling is masked, so any token will do where there is none for it
             pad = self.context.tokenizer.pad_token_id or 0 if name == "input_ids" else 0
-            made[name] = np.stack(parts) if parts[0].ndim == 0 else _lay(parts, width, pad)
+            made[name] = _lay(parts, width, pad)
         if width is None:
             return made | {"position_ids": _lay(positions, None), "documents": cumulative(lengths)}
         return made | {"attention_mask": (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)}
@@ -102,8 +108,11 @@ def _lay(parts: list[np.ndarray], width: int | None, pad: int = 0) -> np.ndarray
 def _targets(arrays: list[dict], lengths: list[int], width: int | None) -> dict[str, np.ndarray]:
     """Where the targets are among all positions of the layout, row after row, and what is said of each.
 
-    Without any there is one at the first position, whose `target_weights` are 0.
+    Without any there is one at the first position, whose `target_weights` are 0; nothing where documents have targets
+    and not tokens.
     """
+    if "labels" not in arrays[0]:
+        return {}
     begins = np.arange(len(lengths)) * width if width is not None else np.concatenate([[0], np.cumsum(lengths)[:-1]])
     at = [np.flatnonzero(one["labels"] != IGNORE_INDEX) for one in arrays]
     if not any(len(places) for places in at):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dsft.config.schema import Attention
 from dsft.model.attention import Documents
+from dsft.model.head import POOLING
 from dsft.model.layout import first_position
 from dsft.model.noise import Noise
 from dsft.tasks.nll import Asked, Nll, nll_of_logits, plain_head
@@ -20,18 +22,26 @@ class Forward:
     """Runs a model over batches.
 
     Args:
-        model: A transformers model with an output head over the vocabulary, possibly wrapped by peft.
+        model: A transformers model with a head, possibly wrapped by peft.
         kernel: Which attention kernel flat rows get.
         noise: Draws dropout of attention weights.
         logits_chunk: Targets whose logits exist at once, where the head allows it.
+        by_document: Whether the model answers once for each document.
 
     Attributes:
         model: The same.
         head: Its output head, if logits are only its linear map of what it is given, else None.
     """
 
-    def __init__(self, model: PreTrainedModel, kernel: Attention, noise: Noise, logits_chunk: int):
+    def __init__(
+        self, model: PreTrainedModel, kernel: Attention, noise: Noise, logits_chunk: int, by_document: bool = False
+    ):
         self.model = model
+        self.by_document = by_document
+        self._typed = "token_type_ids" in inspect.signature(self.plain.forward).parameters
+        self._documents: Documents | None = None
+        if by_document:
+            self.plain.base_model.register_forward_hook(self._one_row_each)
         self.head = plain_head(model)
         self._bare = True  # the head is given the base model's output, with nothing between them
         self._kernel, self._noise = kernel, noise
@@ -46,6 +56,8 @@ class Forward:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's keyword arguments for a batch."""
         own = {"input_ids": batch.tensors["input_ids"], "use_cache": False}
+        if self._typed and "token_type_ids" in batch.tensors:
+            own["token_type_ids"] = batch.tensors["token_type_ids"]
         if batch.padded:
             return own | {"attention_mask": batch.tensors["attention_mask"]}
         documents = Documents(batch.lengths, batch.tensors["documents"], self._kernel, self._noise)
@@ -56,8 +68,44 @@ class Forward:
         return self.plain.base_model(**self.inputs(batch)).last_hidden_state.flatten(0, 1)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits at every position of the layout, row after row: (positions, vocabulary)."""
+        """Logits at every position of the layout, row after row: (positions, vocabulary); or of every document:
+        (documents, labels)."""
+        if self.by_document:
+            return self._document_logits(batch)
         return self.model(**self.inputs(batch)).logits.flatten(0, 1)
+
+    def _document_logits(self, batch: Batch) -> torch.Tensor:
+        inputs = self.inputs(batch)
+        if hasattr(self.plain, "score"):
+            # the head of decoders, a linear map of the last token; transformers looks for that by the padding's id
+            ends = batch.tensors["lengths"].cumsum(0) - 1
+            if batch.padded:
+                ends = torch.arange(len(ends), device=ends.device) * inputs["input_ids"].shape[1]
+                ends = ends + batch.tensors["lengths"] - 1
+            return self.plain.score(self.plain.base_model(**inputs).last_hidden_state.flatten(0, 1)[ends])
+        self._documents = inputs.get("documents")
+        try:
+            return self.model(**inputs).logits
+        finally:
+            self._documents = None
+
+    def _one_row_each(self, module: Any, args: tuple, output: Any) -> Any:
+        """Forward hook of an encoder: of a flat row the head is given a row for each document, of one token: the first,
+        or the mean of all. What comes after sees what it sees in padded rows."""
+        if self._documents is None:
+            return None
+        hidden, begins = output.last_hidden_state[0], self._documents.cu_seqlens[:-1].long()
+        if getattr(self.plain.config, POOLING, None) == "mean":
+            lengths = self._documents.cu_seqlens.diff().long()
+            owner = torch.repeat_interleave(lengths, output_size=len(hidden))
+            sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+            rows = (sums.index_add(0, owner, hidden.float()) / lengths[:, None]).to(hidden.dtype)
+        else:
+            rows = hidden[begins]
+        output.last_hidden_state = rows = rows.unsqueeze(1)
+        if output.get("pooler_output") is not None:
+            output.pooler_output = module.pooler(rows)
+        return output
 
     def target_logits(self, batch: Batch) -> torch.Tensor:
         """Logits where the batch has targets: (targets, vocabulary)."""

@@ -100,7 +100,7 @@ def check(forward: Forward, probe: torch.Tensor, padded: bool) -> torch.Tensor:
             + ("use precision=bf16 or precision=fp32." if half else "the weights in model.path are damaged.")
         )
     tokens = SHORT if padded else PROBE
-    here = slice(PROBE, PROBE + tokens)
+    here = slice(1, 2) if forward.by_document else slice(PROBE, PROBE + tokens)
     moved = change(forward.logits(probe_batch(other, second, padded))[here], logits[here])
     expected = _alone(forward, first, second[:tokens])
     rounding = change(_alone(forward, other, second[:tokens]), expected)
@@ -116,9 +116,10 @@ def check(forward: Forward, probe: torch.Tensor, padded: bool) -> torch.Tensor:
 
 
 def _alone(forward: Forward, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The second document's logits by the model's own way for two rows of equal length."""
+    """The second document's logits by the model's own way for two rows of equal length; (tokens or 1, outputs)."""
     pair = torch.stack([first[: len(second)], second])
-    return forward.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits[1]
+    logits = forward.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits[1]
+    return logits[None] if forward.by_document else logits
 
 
 def change(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -140,5 +141,6 @@ def document(ids: torch.Tensor, padded: bool) -> Batch:
     layout = {"attention_mask": torch.ones_like(ids)} if padded else flat
     nothing = torch.zeros(1, dtype=torch.int64)
     targets = {"target_at": nothing, "target_ids": nothing, "target_weights": torch.zeros(1)}
-    tensors = {"input_ids": ids, **layout, **targets, "weight": torch.zeros((), dtype=torch.float64)}
+    tensors = {"input_ids": ids, "lengths": torch.tensor([tokens]), **layout, **targets}
+    tensors["weight"] = torch.zeros((), dtype=torch.float64)
     return Batch(tensors, [tokens], 0.0, 1, [0], padded=padded)

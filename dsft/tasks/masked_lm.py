@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dsft.config.schema import OnOverflow
+from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.errors import UserError
 from dsft.metrics import Metric, mean
 from dsft.model.kind import MASKED
@@ -17,7 +17,7 @@ from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
 from dsft.tasks.nll import perplexity
-from dsft.tasks.task import Context, Sampling, Sums, Task, View
+from dsft.tasks.task import Context, Outcome, Sampling, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -161,11 +161,12 @@ def _ordinary(tokenizer: PreTrainedTokenizerFast, size: int) -> np.ndarray:
     return np.setdiff1d(np.arange(size), tokenizer.all_special_ids)
 
 
-def loss(forward: Forward, batch: Batch) -> tuple[torch.Tensor, Sums]:
+def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     """Summed negative log-likelihood of the hidden tokens, in nats, and the same of those that were hidden alone."""
     nll = forward.nll(batch)
     pseudo = batch.tensors.get("target_pseudo", batch.tensors["target_weights"] * 0).double()
-    return nll.total, {"correct": nll.correct, "pseudo_loss": (nll.each * pseudo).sum(), "pseudo_tokens": pseudo.sum()}
+    pseudo_sums = {"pseudo_loss": (nll.each * pseudo).sum(), "pseudo_tokens": pseudo.sum()}
+    return Outcome(nll.total, {"correct": nll.correct, **pseudo_sums})
 
 
 def views(example: Example, number: int, context: Context) -> int:
@@ -227,6 +228,7 @@ TASK = Task(
     settings=frozenset(
         {"model.logits_chunk", "task.mask_share", "task.whole_words", "eval.pseudo_perplexity", "train.samples"}
     ),
+    encoded=frozenset({"mask_share", "whole_words"}),
     views=views,
     sample=sample,
 )

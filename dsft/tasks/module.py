@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dsft.config.schema import Attention
 from dsft.errors import UserError
@@ -17,7 +18,7 @@ from dsft.metrics import Tally
 from dsft.model.noise import Noise
 from dsft.tasks import isolation
 from dsft.tasks.forward import Forward
-from dsft.tasks.task import Sums
+from dsft.tasks.task import Outcome
 from dsft.types import Batch
 
 
@@ -26,13 +27,14 @@ class TaskModule(nn.Module):
 
     Args:
         model: A transformers model, possibly wrapped by peft.
-        loss: The task's (`Task.loss`).
+        loss: The task's (`Task.loss`), with its settings.
         kernel: Which attention kernel flat rows get.
         logits_chunk: Targets whose logits exist at once.
         noise: Draws all of the model's randomness while it trains.
         probe: From `isolation.probe_tokens`.
         padded: The layout of the batches that will come.
         alone: Whether each of them holds a single document, which then needs no check.
+        by_document: Whether the model answers once for each document.
 
     Attributes:
         noise: The same.
@@ -41,23 +43,29 @@ class TaskModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]],
+        loss: Callable[[Forward, Batch], Outcome],
         kernel: Attention,
         logits_chunk: int,
         noise: Noise,
         probe: torch.Tensor,
         padded: bool = False,
         alone: bool = False,
+        by_document: bool = False,
     ):
         super().__init__()
         self.model = model
         # no module, so that the head does not stand twice in the module tree
-        self._forward = Forward(model, kernel, noise, logits_chunk)
+        self._forward = Forward(model, kernel, noise, logits_chunk, by_document)
         self._loss, self._kernel = loss, kernel
         self.noise = noise
         self._probe = probe
         self._padded, self._alone = padded, alone
         self._checked = False
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model inside its adapters, if there are any."""
+        return self._forward.plain
 
     @property
     def chunked(self) -> bool:
@@ -68,7 +76,8 @@ class TaskModule(nn.Module):
         """The summed loss of a batch.
 
         Returns:
-            The loss, a float64 scalar to go backward from, and its Tally: `loss`, `weight` and the task's own.
+            The loss, a float64 scalar to go backward from, and its Tally: `loss`, `weight` and the task's own; in
+            evaluation mode with the task's rows.
 
         Raises:
             UserError: On the first call: this model's documents would see each other, or its noise would depend on
@@ -79,11 +88,12 @@ class TaskModule(nn.Module):
         if self.training:
             self.noise.begin(batch)
         with self.noise.drawing() if self.training else nullcontext():
-            loss, sums = self._loss(self._forward, batch)
-        return loss, Tally({"loss": loss.detach(), "weight": batch.tensors["weight"], **sums})
+            loss, sums, rows = self._loss(self._forward, batch)
+        kept = {} if self.training else {name: [row] for name, row in rows.items()}
+        return loss, Tally({"loss": loss.detach(), "weight": batch.tensors["weight"], **sums}, kept)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits at every position of the layout, row after row: (positions, vocabulary)."""
+        """Logits at every position of the layout, row after row, or of every document: `Forward.logits`."""
         return self._forward.logits(batch)
 
     def _check(self, device: torch.device) -> None:
@@ -104,7 +114,7 @@ class TaskModule(nn.Module):
 
     def _rehearse(self, batch: Batch) -> None:
         self.noise.begin(batch)
-        self.model(**self._forward.inputs(batch))
+        self._forward.logits(batch)
 
     @contextmanager
     def _first_pass(self) -> Iterator[None]:

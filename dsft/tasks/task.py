@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,17 @@ from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data.prompting import Prompting
 from dsft.data.sources import BadRecord, Fields, Raw
 from dsft.metrics import Metric
+from dsft.model.head import Head
 from dsft.model.kind import Kind
 from dsft.types import Batch, Dropped, Example, Record
 
 if TYPE_CHECKING:
+    from dsft.data.dataset import Prepared
     from dsft.tasks.forward import Forward
+    from dsft.tasks.labels import Labels
 
 Sums = dict[str, torch.Tensor]
+Rows = dict[str, torch.Tensor]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -41,6 +45,7 @@ class Context:
         eval: The evaluation's.
         train: The run's.
         prompting: What is done to each row before it is read.
+        labels: The labels of the run, known when all records are read, where its task has any.
         seed: What everything that is drawn depends on, `train.seed`.
     """
 
@@ -50,10 +55,25 @@ class Context:
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     prompting: Prompting = field(default_factory=Prompting)
+    labels: Labels | None = None
 
     @property
     def seed(self) -> int:
         return self.train.seed
+
+
+class Outcome(NamedTuple):
+    """What a task makes of a batch.
+
+    Attributes:
+        loss: Summed over the batch, float64 scalar to go backward from.
+        sums: Further sums, float64 scalars, detached.
+        rows: A row for each document, detached, for what sums cannot give; looked at in evaluations alone.
+    """
+
+    loss: torch.Tensor
+    sums: Sums = {}
+    rows: Rows = {}
 
 
 @dataclass(frozen=True)
@@ -95,13 +115,20 @@ class Task:
             nothing to learn. Their `record` is filled in later.
         inputs: (example, view, context) -> arrays by name. `input_ids`, and `labels` (IGNORE_INDEX where a token
             has no target), int64, shape (tokens,); `target_weights`, float32, shape (tokens,), if targets do not all
-            count alike. Further arrays of shape (tokens,) are laid out as these are, ones of shape () stacked.
-        loss: (forward, batch) -> (summed loss of the batch, float64 scalar to go backward from; further sums, float64,
-            detached). A batch without targets has to go through the same layers.
+            count alike. Further arrays of shape (tokens,) are laid out as these are, those whose names begin with
+            `document_` stacked.
+        loss: (forward, batch, the task's section of the config) -> Outcome. A batch without targets has to go through
+            the same layers.
         kind: Which models it trains.
         metrics: Name without prefix -> metric of an evaluation, formed from the sums `loss`, `weight` and its own.
         target: What the examples' weights count, as metrics name it: `supervised_tokens`, `labels`.
         settings: Those settings that not all tasks read, and this one does.
+        encoded: Of its own section's settings (`task.NAME`) those that `encode` reads.
+        settle: (context, data, names of the outputs of the model's own head) -> the context with what only all records
+            together tell, such as which labels there are. None if there is nothing of the kind.
+        head: (context) -> the head that the model gets; of `kind.headed` alone.
+        judge: (rows of an evaluation in the order of examples, context) -> the quantities that its metrics are formed
+            from, and what is to be shown beside them, in JSON types.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
@@ -110,11 +137,15 @@ class Task:
     shapes: Mapping[tuple[str, ...], Callable[[Fields, str], Record]]
     encode: Callable[[Any, Context], list[Example | Dropped] | Dropped]
     inputs: Callable[[Example, View, Context], dict[str, np.ndarray]]
-    loss: Callable[[Forward, Batch], tuple[torch.Tensor, Sums]]
+    loss: Callable[[Forward, Batch, TaskConfig], Outcome]
     kind: Kind
     metrics: Mapping[str, Metric]
     target: str
     settings: frozenset[str] = frozenset()
+    encoded: frozenset[str] = frozenset()
+    settle: Callable[[Context, Prepared, list[str]], Context] | None = None
+    head: Callable[[Context], Head] | None = None
+    judge: Callable[[dict[str, np.ndarray], Context], tuple[dict[str, float], dict[str, Any]]] | None = None
     views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 

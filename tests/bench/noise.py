@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import collate
 
-from dsft.config.schema import Attention, Method, TuningConfig
+from dsft.config.schema import Attention, Method, TaskConfig, TuningConfig
 from dsft.model import attention, tuning
 from dsft.model.noise import Noise
 from dsft.runtime.world import computes_bf16
@@ -104,7 +104,7 @@ def task(
     noise = Noise(model, 0, alpha)
     kernel = attention.choose_kernel(Attention.auto, device, dtype, dropout=attention_rate > 0)
     tokens = probe_tokens([example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
-    return TaskModule(model, TASKS["causal_lm"].loss, kernel, 1024, noise, tokens).train()
+    return TaskModule(model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, tokens).train()
 
 
 def torchs_own(task: TaskModule) -> TaskModule:

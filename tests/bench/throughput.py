@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from dsft.config.schema import Attention, DataConfig, Packing, Source
+from dsft.config.schema import Attention, DataConfig, Packing, Source, TaskConfig
 from dsft.data.pack import Planner
 from dsft.model import attention
 from dsft.model import load as models
@@ -54,7 +54,7 @@ def main() -> None:
     kernel = attention.choose_kernel(Attention.auto, device, dtype)
     model = models.load_model(source, dtype, attention.NAME).to(device).train()
     noise = Noise(model, 0)
-    flat = TaskModule(model, TASKS["causal_lm"].loss, kernel, 1024, noise, probe_tokens(train))
+    flat = TaskModule(model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, probe_tokens(train))
     plain = models.load_model(source, dtype, "sdpa").to(device).train()
 
     speeds: dict[str, list[float]] = {"flat": [], "padded": []}

@@ -1,0 +1,296 @@
+"""Classification of texts, or of pairs of them: one label each, or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dsft.config.schema import OnOverflow, TaskConfig
+from dsft.data.dataset import Prepared
+from dsft.data.sources import Fields
+from dsft.errors import UserError
+from dsft.metrics import Metric, Reduction, classification, mean
+from dsft.model.head import MULTI, SINGLE, Head
+from dsft.model.kind import SEQUENCE
+from dsft.tasks import labels as naming
+from dsft.tasks import media, weights
+from dsft.tasks.forward import Forward
+from dsft.tasks.labels import Labels
+from dsft.tasks.task import Context, Outcome, Task, View, text_of
+from dsft.types import Batch, Dropped, Example, Record
+
+NO_WEIGHT = "weight 0"
+TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
+
+
+@dataclass(kw_only=True)
+class Labelled(Record):
+    """A text, or two, with labels.
+
+    Attributes:
+        written: Field -> text, one or two.
+        labels: Names of its labels.
+    """
+
+    written: dict[str, str]
+    labels: tuple[str, ...]
+
+    def texts(self) -> dict[str, str]:
+        return self.written
+
+    def with_texts(self, texts: Mapping[str, str]) -> Labelled:
+        return replace(self, written={name: texts.get(name, text) for name, text in self.written.items()})
+
+
+def _labelled(names: tuple[str, ...], label: str, fields: Fields, origin: str) -> Labelled:
+    """The record that a row holds.
+
+    Raises:
+        ValueError: A text is missing or empty, or a label is none; the message names the field.
+    """
+    media.refuse_fields(fields)
+    written = {name: text_of(fields[name], name, empty=False) for name in names}
+    for name, text in written.items():
+        media.refuse_placeholders(text, name)
+    return Labelled(
+        written=written,
+        labels=_labels(fields[label], label),
+        weight=weights.of_record(fields),
+        origin=origin,
+    )
+
+
+def _labels(value: Any, field: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    found = [naming.name_of(one, f"{field}[{n}]" if value is values else field) for n, one in enumerate(values)]
+    if len(set(found)) < len(found):
+        raise ValueError(f"field `{field}` has the same label twice")
+    return tuple(found)
+
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("text", "text_pair"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+)
+"""Fields with the text, or with two; of a row the first that it has."""
+
+SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Labelled]] = {
+    (*names, label): partial(_labelled, names, label) for label in ("label", "labels") for names in PAIRS
+}
+
+
+def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Dropped:
+    """A text's tokens as the tokenizer frames them, and hashes of its labels.
+
+    Raises:
+        ValueError: It has other than one label where it is to have one.
+        UserError: It is too long, and that is an error; or is to be split, which no label bears.
+    """
+    if context.data.on_overflow is OnOverflow.split:
+        raise UserError(
+            f"data.on_overflow=split with task={context.task.name}: a label is of the whole text, not of its parts. "
+            "Choose truncate, drop or error."
+        )
+    if not context.task.multi_label and len(record.labels) != 1:
+        raise ValueError(
+            f"it has {len(record.labels)} labels: set task.multi_label=true if a record may have several, or none"
+        )
+    if not record.weight:
+        return Dropped(NO_WEIGHT)
+    tokenizer, data = context.tokenizer, context.data
+    written = list(record.written.values())
+    encoding = tokenizer(*written, truncation=False, verbose=False)
+    longer = len(encoding["input_ids"]) > data.max_length
+    if longer:
+        if data.on_overflow is OnOverflow.drop:
+            return Dropped(TOO_LONG)
+        if data.on_overflow is OnOverflow.error:
+            raise UserError(
+                f"{record.origin}: {len(encoding['input_ids'])} tokens, but data.max_length is {data.max_length}; raise "
+                "it, or choose data.on_overflow=truncate or drop"
+            )
+        # of a pair the longer text is cut
+        encoding = tokenizer(*written, truncation="longest_first", max_length=data.max_length, verbose=False)
+    ids = _without_padding(np.array(encoding["input_ids"], np.int32), context)
+    columns = {"ids": ids, naming.COLUMN: naming.keys(record.labels)}
+    if "token_type_ids" in encoding:
+        columns["token_types"] = np.array(encoding["token_type_ids"][: len(ids)], np.int8)
+    return [Example(columns, len(ids), weight=record.weight, truncated=longer, labels=record.labels)]
+
+
+def _without_padding(ids: np.ndarray, context: Context) -> np.ndarray:
+    """The ids without padding at their end: transformers' decoders answer at the last token that is none, and some
+    tokenizers end a text with the token that they also pad with."""
+    kept = np.flatnonzero(ids != (-1 if context.tokenizer.pad_token_id is None else context.tokenizer.pad_token_id))
+    if not len(kept):
+        raise ValueError("it has no tokens but padding")
+    return ids[: kept[-1] + 1]
+
+
+def settle(context: Context, data: Prepared, own: list[str]) -> Context:
+    """The context with all labels, and what each counts; `own` are those that the model's head has been trained for.
+
+    Raises:
+        UserError: As `labels.collected` and `labels.weights`.
+    """
+    names = naming.collected(data.labels, context.task.labels, own)
+    every = Labels(names)
+    train = data.train
+    column = train.entry.columns[naming.COLUMN]
+    counts, records = np.zeros(len(names)), float(train.weights.sum())
+    for place, weight in zip(train.selection, train.weights, strict=True):
+        counts[every.numbers(column[place])] += weight
+    return replace(context, labels=replace(every, weights=naming.weights(names, counts, records, context.task)))
+
+
+def head(context: Context) -> Head:
+    """The head that a model gets."""
+    task = context.task
+    return Head(
+        labels=context.labels.names,
+        problem=MULTI if task.multi_label else SINGLE,
+        seed=context.seed,
+        init=task.head_init,
+        dropout=task.head_dropout,
+        pool=task.pool,
+        pad_token_id=context.tokenizer.pad_token_id,
+    )
+
+
+def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarray]:
+    """Ids, the number of the label or which there are, and what the record counts.
+
+    In training labels count by how they are balanced; an evaluation is the same with and without.
+    """
+    training = view.epoch >= 0
+    balanced = np.array(context.labels.weights if training else np.ones(len(context.labels.names)), np.float32)
+    numbers = context.labels.numbers(example.columns[naming.COLUMN])
+    made = {"input_ids": example.ids.astype(np.int64)}
+    if "token_types" in example.columns:
+        made["token_type_ids"] = example.columns["token_types"].astype(np.int64)
+    counts = example.weight
+    if context.task.multi_label:
+        made["document_target"] = np.isin(np.arange(len(balanced)), numbers).astype(np.float32)
+        made["document_positive"] = balanced
+    else:
+        made["document_target"] = np.int64(numbers[0])
+        counts *= balanced[numbers[0]]
+    return made | {"document_weight": np.float32(counts)}
+
+
+def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
+    """Summed loss of the batch's records, each times what it counts: cross entropy in nats; of several labels at once
+    the mean over labels of binary cross entropies. In training it may be smoothed and focal.
+    """
+    logits = forward.logits(batch).float()
+    if "document_target" not in batch.tensors:
+        return Outcome(logits.sum(dtype=torch.float64) * 0)
+    target, counts = batch.tensors["document_target"], batch.tensors["document_weight"]
+    training = forward.model.training
+    smoothing = settings.label_smoothing if training else 0.0
+    gamma = settings.focal_gamma if training else 0.0
+    if settings.multi_label:
+        each = _several(logits, target, batch.tensors["document_positive"], smoothing, gamma)
+    else:
+        each = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        if gamma:
+            each = each * (1 - logits.softmax(-1).gather(1, target[:, None])[:, 0]) ** gamma
+    rows = {"logits": logits.detach(), "targets": target, "counts": counts}
+    return Outcome((each * counts).sum(dtype=torch.float64), rows=rows)
+
+
+def _several(
+    logits: torch.Tensor, target: torch.Tensor, positive: torch.Tensor, smoothing: float, gamma: float
+) -> torch.Tensor:
+    """Of each record the mean over labels of binary cross entropies; all of shape (records, labels) but the result."""
+    smooth = target * (1 - smoothing) + smoothing / 2
+    each = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=positive, reduction="none")
+    if gamma:
+        right = torch.where(target > 0, logits, -logits).sigmoid()
+        each = each * (1 - right) ** gamma
+    return each.mean(-1)
+
+
+def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of an evaluation, and what is shown beside them: each label's, and which were taken for which."""
+    logits, targets, counts = rows["logits"], rows["targets"], rows["counts"]
+    names = context.labels.names
+    if context.task.multi_label:
+        halves = np.full(len(names), 0.5)
+        numbers = classification.multi_label(logits, targets, counts, halves)
+        tuned = classification.tuned_thresholds(logits, targets, counts)
+        best = classification.multi_label(logits, targets, counts, tuned)
+        numbers |= {f"{name}_tuned": best[name] for name in ("f1_micro", "f1_macro") if name in best}
+        each = classification.per_label(logits, targets, counts, halves)
+        about: dict[str, Any] = {"thresholds": dict(zip(names, tuned.tolist()))}
+    else:
+        numbers = classification.single_label(logits, targets, counts)
+        each = classification.per_label(logits, targets, counts)
+        confusion = classification.confusion(logits.argmax(-1), targets, counts, len(names))
+        about = {"confusion": {"labels": list(names), "true_by_predicted": confusion.tolist()}}
+    return numbers, {"labels": dict(zip(names, each))} | about
+
+
+def _number(unit: str, label: str, name: str, form: str = "{:.2%}", **more: Any) -> Metric:
+    """A metric that `judge` gives."""
+    options: dict[str, Any] = {"better": "higher", "bar": None, "headline": False} | more
+    return Metric(unit, label, form, (name,), reduction=Reduction.SAME, optional=True, **options)
+
+
+METRICS = {
+    "loss": Metric("nats per record", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
+    "accuracy": _number(
+        "share of records with every label right", "Accuracy", "accuracy", bar="{label} {value}", headline=True
+    ),
+    "f1_macro": _number("mean over labels", "F1, macro", "f1_macro", headline=True),
+    "f1_micro": _number("over all decisions", "F1, micro", "f1_micro"),
+    "f1_weighted": _number("mean over labels by their records", "F1, weighted", "f1_weighted"),
+    "precision_macro": _number("mean over labels", "Precision, macro", "precision_macro"),
+    "recall_macro": _number("mean over labels", "Recall, macro", "recall_macro"),
+    "precision_weighted": _number("mean over labels by their records", "Precision, weighted", "precision_weighted"),
+    "recall_weighted": _number("mean over labels by their records", "Recall, weighted", "recall_weighted"),
+    "balanced_accuracy": _number("mean recall over labels", "Balanced accuracy", "balanced_accuracy"),
+    "mcc": _number("-1 to 1", "Matthews correlation", "mcc", "{:.4f}"),
+    "roc_auc": _number("0 to 1", "ROC-AUC", "roc_auc", "{:.4f}", meaning="of several labels the mean over them"),
+    "average_precision": _number("0 to 1", "Average precision", "average_precision", "{:.4f}"),
+    "calibration_error": _number(
+        "share", "Calibration error", "calibration_error", better="lower", meaning="expected, of 15 equal bins"
+    ),
+    "precision_micro": _number("with several labels at once", "Precision, micro", "precision_micro"),
+    "recall_micro": _number("with several labels at once", "Recall, micro", "recall_micro"),
+    "f1_samples": _number("mean over records, with several labels at once", "F1, samples", "f1_samples"),
+    "hamming_loss": _number("share of decisions, with several labels at once", "Hamming loss", "hamming_loss",
+                            better="lower"),
+    "f1_micro_tuned": _number("with thresholds tuned on the same records", "F1, micro, tuned", "f1_micro_tuned"),
+    "f1_macro_tuned": _number("with thresholds tuned on the same records", "F1, macro, tuned", "f1_macro_tuned"),
+}  # fmt: skip
+
+TASK = Task(
+    shapes=SHAPES,
+    encode=encode,
+    inputs=inputs,
+    loss=loss,
+    kind=SEQUENCE,
+    metrics=METRICS,
+    target="records",
+    encoded=frozenset({"multi_label"}),
+    settle=settle,
+    head=head,
+    judge=judge,
+    settings=frozenset(
+        "model.allow_missing task.labels task.multi_label task.balance task.effective_beta task.label_weights "
+        "task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()
+    ),
+)
