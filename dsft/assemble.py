@@ -46,8 +46,9 @@ from dsft.runtime.place import Place
 from dsft.runtime.world import World, computes_bf16, computes_fp16
 from dsft.tasks import TASKS, Task, isolation, settings_by_task, template, tokenizer_check
 from dsft.tasks.collate import Collator
+from dsft.tasks.forward import Forward
 from dsft.tasks.module import TaskModule
-from dsft.tasks.task import Context, reader
+from dsft.tasks.task import Context, Outcome, reader
 from dsft.types import Batch
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -151,19 +152,12 @@ def plan(config: Config, place: Place) -> Plan:
     idle = effect.by_place(config, model_on_hub=model_on_hub, acts=acts)
     warn(place, effect.enforce(config, idle, given))
     model = _model(config, task, precision, place, new_tokens)
-    own_labels = models.own_labels(model.source) if task.kind.headed else []
     doubts = tokenizer_check.check(model.tokenizer, model.config, "model.chat_template" in task.settings)
     warn(place, doubts)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
-    if task.settle:
-        context = task.settle(context, data, own_labels)
-    if task.head:
-        model = replace(model, source=replace(model.source, head=task.head(context)))
-    packing, why = config.data.packing, None
-    if packing is Packing.auto:
-        why = layout.why_padded(task.kind, model.config)
-        packing, why = (Packing.padded, why) if why else (Packing.bfd, "the model keeps documents apart")
+    model, context = _settled(task, context, data, model)
+    packing, why = _layout(config.data.packing, task, model)
     made = Plan(
         task=task,
         sizes=sizes,
@@ -180,6 +174,23 @@ def plan(config: Config, place: Place) -> Plan:
     )
     _check_lengths(config, place, made)
     return made
+
+
+def _settled(task: Task, context: Context, data: dataset.Prepared, model: Model) -> tuple[Model, Context]:
+    """What only all records together tell, and the head that the model gets by it."""
+    if task.settle:
+        context = task.settle(context, data, models.own_labels(model.source) if task.kind.headed else [])
+    if task.head:
+        model = replace(model, source=replace(model.source, head=task.head(context)))
+    return model, context
+
+
+def _layout(packing: Packing, task: Task, model: Model) -> tuple[Packing, str | None]:
+    """What `data.packing=auto` means here, as far as the model's class tells, and why."""
+    if packing is not Packing.auto:
+        return packing, None
+    why = layout.why_padded(task.kind, model.config)
+    return (Packing.padded, why) if why else (Packing.bfd, "the model keeps documents apart")
 
 
 def _metrics(task: Task) -> dict[str, Metric]:
@@ -360,7 +371,11 @@ def _engine(config: Config, made: Plan, world: World) -> Engine:
     models.activation_checkpointing(model, config.activation_checkpointing, noise.checkpointing)
     tokens = isolation.probe_tokens(map(made.train_set.__getitem__, range(len(made.train_set))))
     alone = padded and {made.sizes.micro_batch_size, config.eval.micro_batch_size} == {1}
-    loss, by_document = partial(made.task.loss, settings=config.task), made.task.kind.by_document
+    by_document = made.task.kind.by_document
+
+    def loss(forward: Forward, batch: Batch) -> Outcome:
+        return made.task.loss(forward, batch, config.task)
+
     chunk = config.model.logits_chunk
     module = TaskModule(model, loss, kernel, chunk, noise, tokens, padded, alone, by_document)
     built = Engine(module, made.ds, config.optim, world)

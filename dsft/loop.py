@@ -152,6 +152,7 @@ class Loop:
             if self.counters.finished and self.tester:
                 row = self.tester.metrics(self.engine, self.tracker.bar)
                 self.tracker.write({"step": self.counters.step, **row})
+                self.tracker.about("test", self.counters.step, self.tester.about)
             if improved or signal or self.counters.finished or self._due(self.train.save_every):
                 self.save()
             if signal:
@@ -182,6 +183,7 @@ class Loop:
             return False
         metrics = self.evaluator.metrics(self.engine, self.tracker.bar)
         self.tracker.write({"step": self.counters.step, **metrics})
+        self.tracker.about("validation", self.counters.step, self.evaluator.about)
         if self.train.best_metric not in metrics:
             raise UserError(
                 f"train.best_metric={self.train.best_metric}: this run's evaluations do not give it. Set it to one of "

@@ -14,11 +14,13 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsft.config.schema import Attention, DataConfig, EvalConfig, OnOverflow, TaskConfig, TrainConfig
 from dsft.data import dataset
@@ -31,6 +33,7 @@ from dsft.tasks import TASKS, encode
 from dsft.tasks.collate import Collator
 from dsft.tasks.conversation import SHAPES
 from dsft.tasks.isolation import probe_tokens
+from dsft.tasks.labels import Labels
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context, read, reader
 from dsft.types import Batch, Example
@@ -84,10 +87,13 @@ def encoder_tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator([" ".join(WORDS)], trainer)
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **names)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", model_input_names=inputs, **names)
 
 
 ENCODER_TOKENIZER = encoder_tokenizer()
@@ -233,9 +239,60 @@ def weighed_examples(count: int, seed: int = 0) -> list[Example]:
 
 def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: int = 0, **settings) -> Collator:
     """What makes batches of a task; `settings` are those of its own section."""
-    usual = ENCODER_TOKENIZER if TASKS[name].kind.encoder else TOKENIZER
+    usual = TOKENIZER if TASKS[name].kind.encoder is False else ENCODER_TOKENIZER
     context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
+    if TASKS[name].kind.headed:
+        context = replace(context, labels=Labels(LABELS, LABEL_WEIGHTS))
     return Collator(TASKS[name], context, padded)
+
+
+LABELS, LABEL_WEIGHTS = ("red", "blue", "狐狸"), (0.5, 1.0, 2.25)
+"""Labels of the tests, and what a record of each counts in training."""
+
+CLASSIFYING = {"focal_gamma": 1.5, "label_smoothing": 0.1}
+"""Settings of a classification whose loss is none of the plain ones."""
+
+
+def labelled_rows(count: int, seed: int = 0, several: bool = False) -> list[dict]:
+    """Texts and pairs with labels that a word in them tells, some with weights; of `several` labels any number."""
+    random = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for number, (first, second) in enumerate(zip(texts(count, seed), texts(count, seed + 1))):
+        chosen = [label for label in LABELS if random.random() < 0.5]
+        one = LABELS[int(random.integers(len(LABELS)))]
+        words = " ".join(chosen) if several else one
+        rows.append({"text": f"{words} {first}", "label": chosen if several else one})
+        if number % 3 == 0:
+            rows[-1]["text_pair"] = second
+        if number % 4 == 0:
+            rows[-1]["weight"] = float(random.choice([0.3, 2.0]))
+    return rows
+
+
+def labelled_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
+    """What classification makes of `labelled_rows`."""
+    context = replace(collator("classify", tokens=tokens, **settings).context, data=DataConfig(max_length=48))
+    rows = labelled_rows(count, seed, several=context.task.multi_label)
+    made = [encode(Raw(row, f"row {number}"), TASKS["classify"], context) for number, row in enumerate(rows)]
+    return [example for examples in made for example in examples]
+
+
+def labels_of(example: Example) -> list[int]:
+    """Numbers of an example's labels."""
+    return [LABELS.index(name) for name in example.labels]
+
+
+def classifier(family: str, attention: str = "eager", seed: int = 0, **changes) -> PreTrainedModel:
+    """A model of any family with a head for LABELS, in evaluation mode, as in `causal`."""
+    body = masked if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES else causal
+    config = body(family, attention, seed, **changes).config
+    config.id2label, config.label2id = dict(enumerate(LABELS)), {name: n for n, name in enumerate(LABELS)}
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
 
 
 def prepare(data: DataConfig, tokens, fingerprint: str = "t", seed: int = 0, name: str = "causal_lm", **settings):
@@ -249,7 +306,7 @@ def prepare(data: DataConfig, tokens, fingerprint: str = "t", seed: int = 0, nam
         "template": tokens.chat_template,
         "length": data.max_length,
     }
-    recipe |= {"train_on": data.train_on.name, "overflow": data.on_overflow.name, "task": vars(context.task)}
+    recipe |= {"train_on": data.train_on.name, "overflow": data.on_overflow.name, "task": repr(context.task)}
     made = dataset.prepare(data, partial(encode, task=TASKS[name], context=context), recipe, seed)
     return made.train, made.validation, made.audit
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch.nn import functional as F
 
+from dsft.config.schema import TaskConfig
 from dsft.data.sources import Fields
 from dsft.metrics import Metric
 from dsft.model.kind import CAUSAL
 from dsft.tasks.forward import Forward
-from dsft.tasks.task import Context, Sums, Task, View, text_of
+from dsft.tasks.task import Context, Outcome, Task, View, text_of
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
 
 ANSWERS = slice(3, 5)
@@ -53,11 +53,11 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
     return {"input_ids": ids, "labels": labels, "target_weights": np.ones(len(ids), np.float32)}
 
 
-def loss(forward: Forward, batch: Batch) -> tuple[torch.Tensor, Sums]:
+def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     logits, targets = forward.target_logits(batch)[:, ANSWERS].float(), batch.tensors["target_ids"]
     counted = batch.tensors["target_weights"].double()  # 0 where a batch has no statement at all
     losses = F.cross_entropy(logits, targets, reduction="none").double()
-    return (losses * counted).sum(), {"right": ((logits.argmax(-1) == targets) * counted).sum()}
+    return Outcome((losses * counted).sum(), {"right": ((logits.argmax(-1) == targets) * counted).sum()})
 
 
 TASK = Task(

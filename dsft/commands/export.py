@@ -54,10 +54,7 @@ def export(
     writing.check_replaceable(output)
     dtype = assemble.DTYPES[Precision[state["identity"]["precision"]]]
     kind = TASKS[config.task.name].kind
-    source = base_model(state["identity"][checkpoint.MODEL], model_path, config.data.cache_dir, kind)
-    if kind.headed:
-        head = Head.restored(state["identity"][checkpoint.HEAD])
-        source = replace(source, head=head, allow_missing=tuple(config.model.allow_missing))
+    source = _source(config, state["identity"], model_path, kind)
     model = _model(config, state, source, dtype, merge)
     put_weights(model, checkpoint.weights(path), str(path))
     report = writing.write_model(
@@ -73,6 +70,15 @@ def export(
     )
     assert report is not None
     return output, report
+
+
+def _source(config: Config, identity: dict[str, Any], model_path: str | None, kind: Kind) -> models.ModelSource:
+    """The run's base model, with the head that was put on it."""
+    source = base_model(identity[checkpoint.MODEL], model_path, config.data.cache_dir, kind)
+    if not kind.headed:
+        return source
+    allowed = tuple(config.model.allow_missing)
+    return replace(source, head=Head.restored(identity[checkpoint.HEAD]), allow_missing=allowed)
 
 
 def _check_merge(config: Config, merge: bool, path: Path) -> None:

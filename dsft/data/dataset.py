@@ -47,7 +47,6 @@ from dsft.errors import UserError
 from dsft.runtime.once import once_per_host
 from dsft.types import Example
 
-
 MAX_LABELS = 10_000
 """Different labels that a data set may have."""
 

@@ -82,9 +82,7 @@ def multi_label(logits: np.ndarray, targets: np.ndarray, counts: np.ndarray, thr
         "precision_micro": float(_ratio(right.sum(), given.sum())),
         "recall_micro": float(_ratio(right.sum(), there.sum())),
         "f1_micro": float(_ratio(2 * right.sum(), given.sum() + there.sum())),
-        "f1_samples": float(
-            (_ratio(2 * (taken & true).sum(-1), taken.sum(-1) + true.sum(-1)) * counts).sum() / total
-        ),
+        "f1_samples": float((_ratio(2 * (taken & true).sum(-1), taken.sum(-1) + true.sum(-1)) * counts).sum() / total),
     }
     return found | _ranked([(logits[:, one], true[:, one]) for one in range(logits.shape[1])], counts)
 

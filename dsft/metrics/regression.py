@@ -1,4 +1,4 @@
-"""Metrics of regression, formed from the predictions for all records at once; scipy and scikit-learn are their judges."""
+"""Metrics of regression, formed from the predictions for all records; scipy and scikit-learn are their judges."""
 
 from __future__ import annotations
 
@@ -27,15 +27,12 @@ def regression(predictions: np.ndarray, targets: np.ndarray, counts: np.ndarray)
     if (variance > 0).all():
         found["r2"] = float((1 - mse / variance).mean())
     kept = counts > 0
-    for name, values in (
-        ("pearson", (predictions, targets)),
-        ("spearman", tuple(_ranks(one[kept], counts[kept]) for one in (predictions, targets))),
-    ):
-        weights = counts if name == "pearson" else counts[kept]
-        correlation = _correlation(*values, weights)
-        if correlation is not None:
-            found[name] = correlation
-    return found
+    ranks = [_ranks(part[kept], counts[kept]) for part in (predictions, targets)]
+    correlations = {
+        "pearson": _correlation(predictions, targets, counts),
+        "spearman": _correlation(ranks[0], ranks[1], counts[kept]),
+    }
+    return found | {name: value for name, value in correlations.items() if value is not None}
 
 
 def _mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

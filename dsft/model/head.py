@@ -24,7 +24,13 @@ from dsft.model.kind import Kind
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """What transformers calls the problems (`problem_type` of a model's config)."""
 
-DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout", "summary_last_dropout")
+DROPOUTS = (
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "seq_classif_dropout",
+    "cls_dropout",
+    "summary_last_dropout",
+)
 """Names under which configs keep the rate of dropout before the head."""
 
 POOLING = "classifier_pooling"

@@ -60,21 +60,30 @@ def rehearse(
         for adapters in (False, True) if alone else (False,):
             with tempfile.TemporaryDirectory() as scratch, _refusing(source, adapters):
                 export.write_companions(companions, Path(scratch))
-                export.write_configs(model, Path(scratch), adapters, dtype, source.kind)
-                tensors: dict[str, torch.Tensor] = {}
-                gather, kind = (lambda parameters: nullcontext()), source.kind
-                for part in export.stream(model, adapters, gather, True, dtype, kind):
-                    tensors |= part
+                tensors = _written(model, source, adapters, dtype, Path(scratch))
                 if adapters:
-                    head = {f"base_model.model.{name}" for name in heads.parameters(model.get_base_model())}
-                    own = head if source.kind.headed else set()
-                    _check_adapters(model, {name: t for name, t in tensors.items() if name not in own})
-                else:
-                    _check_whole(model, tensors, Path(scratch))
-                    _compare_tokenizers(tokenizer, Path(scratch))
-                    if export.GENERATION_CONFIG in companions:
-                        GenerationConfig.from_pretrained(scratch)
-                    _check_room(destination, sum(tensor.nbytes for tensor in tensors.values()))
+                    continue
+                _check_whole(model, tensors, Path(scratch))
+                _compare_tokenizers(tokenizer, Path(scratch))
+                if export.GENERATION_CONFIG in companions:
+                    GenerationConfig.from_pretrained(scratch)
+                _check_room(destination, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _written(
+    model: PreTrainedModel | PeftModel, source: ModelSource, adapters: bool, dtype: torch.dtype, directory: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors that would be written, beside the configs; adapters are checked."""
+    export.write_configs(model, directory, adapters, dtype, source.kind)
+    tensors: dict[str, torch.Tensor] = {}
+    for part in export.stream(model, adapters, lambda parameters: nullcontext(), True, dtype, source.kind):
+        tensors |= part
+    if adapters:
+        assert isinstance(model, PeftModel), "only such a model has adapters"
+        head = heads.parameters(model.get_base_model()) if source.kind.headed else {}
+        own = {f"base_model.model.{name}" for name in head}
+        _check_adapters(model, {name: tensor for name, tensor in tensors.items() if name not in own})
+    return tensors
 
 
 @contextmanager

@@ -25,6 +25,9 @@ from dsft.tasks.labels import Labels
 from dsft.tasks.task import Context, Outcome, Task, View, text_of
 from dsft.types import Batch, Dropped, Example, Record
 
+SHOWN = 100
+"""Labels of which a table shows at most which were taken for which."""
+
 NO_WEIGHT = "weight 0"
 TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
 
@@ -118,8 +121,8 @@ def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Drop
             return Dropped(TOO_LONG)
         if data.on_overflow is OnOverflow.error:
             raise UserError(
-                f"{record.origin}: {len(encoding['input_ids'])} tokens, but data.max_length is {data.max_length}; raise "
-                "it, or choose data.on_overflow=truncate or drop"
+                f"{record.origin}: {len(encoding['input_ids'])} tokens, but data.max_length is {data.max_length}; "
+                "raise it, or choose data.on_overflow=truncate or drop"
             )
         # of a pair the longer text is cut
         encoding = tokenizer(*written, truncation="longest_first", max_length=data.max_length, verbose=False)
@@ -177,7 +180,7 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
     training = view.epoch >= 0
     balanced = np.array(context.labels.weights if training else np.ones(len(context.labels.names)), np.float32)
     numbers = context.labels.numbers(example.columns[naming.COLUMN])
-    made = {"input_ids": example.ids.astype(np.int64)}
+    made: dict[str, Any] = {"input_ids": example.ids.astype(np.int64)}
     if "token_types" in example.columns:
         made["token_type_ids"] = example.columns["token_types"].astype(np.int64)
     counts = example.weight
@@ -185,8 +188,8 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
         made["document_target"] = np.isin(np.arange(len(balanced)), numbers).astype(np.float32)
         made["document_positive"] = balanced
     else:
-        made["document_target"] = np.int64(numbers[0])
-        counts *= balanced[numbers[0]]
+        made["document_target"] = numbers[0]
+        counts *= float(balanced[numbers[0]])
     return made | {"document_weight": np.float32(counts)}
 
 
@@ -226,7 +229,7 @@ def _several(
 def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation, and what is shown beside them: each label's, and which were taken for which."""
     logits, targets, counts = rows["logits"], rows["targets"], rows["counts"]
-    names = context.labels.names
+    names, about = context.labels.names, dict[str, Any]()
     if context.task.multi_label:
         halves = np.full(len(names), 0.5)
         numbers = classification.multi_label(logits, targets, counts, halves)
@@ -234,12 +237,13 @@ def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, floa
         best = classification.multi_label(logits, targets, counts, tuned)
         numbers |= {f"{name}_tuned": best[name] for name in ("f1_micro", "f1_macro") if name in best}
         each = classification.per_label(logits, targets, counts, halves)
-        about: dict[str, Any] = {"thresholds": dict(zip(names, tuned.tolist()))}
+        about = {"thresholds": dict(zip(names, tuned.tolist()))}
     else:
         numbers = classification.single_label(logits, targets, counts)
         each = classification.per_label(logits, targets, counts)
-        confusion = classification.confusion(logits.argmax(-1), targets, counts, len(names))
-        about = {"confusion": {"labels": list(names), "true_by_predicted": confusion.tolist()}}
+        if len(names) <= SHOWN:
+            confusion = classification.confusion(logits.argmax(-1), targets, counts, len(names))
+            about = {"confusion": {"labels": list(names), "true_by_predicted": confusion.tolist()}}
     return numbers, {"labels": dict(zip(names, each))} | about
 
 

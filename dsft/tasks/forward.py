@@ -38,7 +38,8 @@ class Forward:
     ):
         self.model = model
         self.by_document = by_document
-        self._typed = "token_type_ids" in inspect.signature(self.plain.forward).parameters
+        types = getattr(self.plain.config, "type_vocab_size", None) or 0
+        self._typed = types > 1 and "token_type_ids" in inspect.signature(self.plain.forward).parameters
         self._documents: Documents | None = None
         if by_document:
             self.plain.base_model.register_forward_hook(self._one_row_each)

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,15 +22,12 @@ from dsft.data.sources import BadRecord, Fields, Raw
 from dsft.metrics import Metric
 from dsft.model.head import Head
 from dsft.model.kind import Kind
+from dsft.tasks.labels import Labels
 from dsft.types import Batch, Dropped, Example, Record
 
 if TYPE_CHECKING:
     from dsft.data.dataset import Prepared
     from dsft.tasks.forward import Forward
-    from dsft.tasks.labels import Labels
-
-Sums = dict[str, torch.Tensor]
-Rows = dict[str, torch.Tensor]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -55,7 +53,7 @@ class Context:
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     prompting: Prompting = field(default_factory=Prompting)
-    labels: Labels | None = None
+    labels: Labels = field(default_factory=partial(Labels, ()))
 
     @property
     def seed(self) -> int:
@@ -72,8 +70,8 @@ class Outcome(NamedTuple):
     """
 
     loss: torch.Tensor
-    sums: Sums = {}
-    rows: Rows = {}
+    sums: Mapping[str, torch.Tensor] = MappingProxyType({})
+    rows: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Tracker:
     """All sinks of one run.
 
     Args:
-        run_dir: Holds `metrics.jsonl`, `samples.json` and `audit.json`.
+        run_dir: Holds `metrics.jsonl`, `samples.json`, `evaluation.json` and `audit.json`.
         metrics: All that the run declares, by name.
         progress: The bar and the messages.
         wandb: The W&B run, or None.
@@ -32,6 +32,7 @@ class Tracker:
     ):
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl", metrics)
         self._samples = Path(run_dir) / "samples.json"
+        self._evaluation = Path(run_dir) / "evaluation.json"
         self._audit = Path(run_dir) / "audit.json"
         self._progress = progress
         self._wandb = wandb
@@ -47,6 +48,8 @@ class Tracker:
         dropped = self._metrics.rewind(step)
         if self._samples.exists():
             write_json(self._samples, kept)
+        if self._evaluation.exists():
+            write_json(self._evaluation, {k: about for k, about in self._all_about().items() if about["step"] <= step})
         return dropped
 
     def attach(self, wandb: WandbSink) -> None:
@@ -83,6 +86,20 @@ class Tracker:
         if self._wandb:
             self._wandb.samples(step, kept)
 
+    def about(self, name: str, step: int, about: dict[str, Any]) -> None:
+        """Keep what the last evaluation has to show beside its metrics in `evaluation.json`, and send it.
+
+        Args:
+            name: Of the set, `validation` or `test`.
+            step: The step whose weights were evaluated.
+            about: What the task has to show (`Task.judge`), in JSON types; nothing where it is empty.
+        """
+        if not about:
+            return
+        write_json(self._evaluation, self._all_about() | {name: {"step": step, **about}})
+        if self._wandb:
+            self._wandb.about(name, step, about)
+
     def audit(self, audit: dict[str, Any]) -> None:
         """Write `audit.json`, and send it."""
         write_json(self._audit, audit)
@@ -97,6 +114,9 @@ class Tracker:
 
     def _all_samples(self) -> list[dict[str, Any]]:
         return json.loads(self._samples.read_text(encoding="utf-8")) if self._samples.exists() else []
+
+    def _all_about(self) -> dict[str, Any]:
+        return json.loads(self._evaluation.read_text(encoding="utf-8")) if self._evaluation.exists() else {}
 
 
 class NullTracker:
@@ -118,6 +138,8 @@ class NullTracker:
         yield lambda count: None
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None: ...
+
+    def about(self, name: str, step: int, about: dict[str, Any]) -> None: ...
 
     def audit(self, audit: dict[str, Any]) -> None: ...
 

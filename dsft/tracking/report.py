@@ -28,8 +28,8 @@ Metrics = Mapping[str, Metric]
 def write_report(run_dir: Path, metrics: Metrics) -> Path:
     """Write `run_dir/report.html`: one file that needs no other, no network and no script.
 
-    Drawn from `metrics.jsonl`, `audit.json`, `config.yaml`, `environment.json` and `samples.json`; what is missing is
-    left out.
+    Drawn from `metrics.jsonl`, `audit.json`, `config.yaml`, `environment.json`, `samples.json` and `evaluation.json`;
+    what is missing is left out.
 
     Args:
         run_dir: The run's directory.
@@ -57,6 +57,7 @@ def write_report(run_dir: Path, metrics: Metrics) -> Path:
         span=_span(rows, metrics),
         figures=[(title, Markup(svg)) for title, svg in curves(rows, metrics)],
         samples=_samples(run_dir),
+        about=_about(_json(run_dir / "evaluation.json") or {}),
         audit=_flat({key: value for key, value in audit.items() if key != "example"}),
         example=audit.get("example") or [],
         environment=_flat(environment),
@@ -190,6 +191,24 @@ def _samples(run_dir: Path) -> list[dict[str, Any]]:
         }
         for prompt, given in prompts.items()
     ]
+
+
+def _about(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each evaluated set a table of its labels, and one of true labels by given ones with a shade for each cell."""
+    tables = []
+    for name, about in found.items():
+        numbers = about.get("labels") or {}
+        columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
+        labels = [[label, *(_shown(row.get(column)) for column in columns)] for label, row in numbers.items()]
+        confusion = about.get("confusion")
+        cells = []
+        for label, row in zip(confusion["labels"], confusion["true_by_predicted"]) if confusion else ():
+            total = sum(row) or 1.0
+            cells.append((label, [(_shown(value), round(100 * value / total)) for value in row]))
+        given = confusion["labels"] if confusion else []
+        tables.append({"name": name, "step": about["step"], "columns": columns, "labels": labels,
+                       "given": given, "cells": cells})  # fmt: skip
+    return tables
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

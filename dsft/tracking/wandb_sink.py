@@ -56,6 +56,11 @@ class WandbSink:
         if self._run is not None:
             self._guard("samples", lambda: self._run.log({"samples": _table(samples)}, step=step))
 
+    def about(self, name: str, step: int, about: dict[str, Any]) -> None:
+        """Send tables of an evaluation: each label's numbers, and which label was taken for which."""
+        if self._run is not None:
+            self._guard("about", lambda: self._run.log(_about(name, about), step=step))
+
     def audit(self, audit: dict[str, Any]) -> None:
         """Send the audit of the data, as part of the run's summary."""
         if self._run is not None:
@@ -119,6 +124,21 @@ def _mode(wandb: Any) -> Any:
     if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
         return "offline"
     return mode
+
+
+def _about(name: str, about: dict[str, Any]) -> dict[str, Any]:
+    import wandb
+
+    tables = {}
+    if labels := about.get("labels"):
+        columns = sorted({column for numbers in labels.values() for column in numbers})
+        rows = [[label, *(numbers.get(column) for column in columns)] for label, numbers in labels.items()]
+        tables[f"{name}/labels"] = wandb.Table(columns=["label", *columns], data=rows)
+    if confusion := about.get("confusion"):
+        labels, cells = confusion["labels"], confusion["true_by_predicted"]
+        rows = [[label, *row] for label, row in zip(labels, cells, strict=True)]
+        tables[f"{name}/confusion"] = wandb.Table(columns=["true label", *labels], data=rows)
+    return tables
 
 
 def _table(samples: list[dict[str, Any]]) -> Any:

@@ -104,7 +104,9 @@ def task(
     noise = Noise(model, 0, alpha)
     kernel = attention.choose_kernel(Attention.auto, device, dtype, dropout=attention_rate > 0)
     tokens = probe_tokens([example(np.arange(48, dtype=np.int32), np.ones(48, dtype=bool))])
-    return TaskModule(model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, tokens).train()
+    return TaskModule(
+        model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, tokens
+    ).train()
 
 
 def torchs_own(task: TaskModule) -> TaskModule:

@@ -54,7 +54,9 @@ def main() -> None:
     kernel = attention.choose_kernel(Attention.auto, device, dtype)
     model = models.load_model(source, dtype, attention.NAME).to(device).train()
     noise = Noise(model, 0)
-    flat = TaskModule(model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, probe_tokens(train))
+    flat = TaskModule(
+        model, partial(TASKS["causal_lm"].loss, settings=TaskConfig()), kernel, 1024, noise, probe_tokens(train)
+    )
     plain = models.load_model(source, dtype, "sdpa").to(device).train()
 
     speeds: dict[str, list[float]] = {"flat": [], "padded": []}

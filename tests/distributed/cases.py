@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tiny
@@ -49,6 +49,8 @@ def examples_of(task: str, count: int, vocabulary: int = 400, weighed: bool = Fa
     """A data set of a task; `weighed` as `tiny.weighed_examples` makes them."""
     if weighed:
         return Examples(tiny.weighed_examples(count))
+    if task == "classify":
+        return Examples(tiny.labelled_examples(count))
     if TASKS[task].kind.encoder:
         return Examples(tiny.masked_examples(count))
     return Examples(tiny.examples(count, vocabulary=vocabulary))
@@ -82,6 +84,7 @@ def engine(
     words: Vocabulary | None = None,
     task: str = "causal_lm",
     padded: bool = False,
+    settings: dict[str, Any] | None = None,
 ):
     """An engine around the tiny model, taken apart again afterwards."""
     optim = optim or OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=1.0)
@@ -102,7 +105,7 @@ def engine(
         model = load_model(source, dtype, implementation)
         rows.grow(model, words or Vocabulary(0), gather)
         model = tuning.apply(model, tuning_config(method, **(lora or {})), seed=5, vocabulary=words, kind=kind)
-    module = tiny.task(model, chunk, name=task, seed=NOISE_SEED, alpha=neftune_alpha, padded=padded)
+    module = tiny.task(model, chunk, name=task, seed=NOISE_SEED, alpha=neftune_alpha, padded=padded, **(settings or {}))
     if checkpointing is not None:
         activation_checkpointing(model, checkpointing, module.noise.checkpointing)
     made = Engine(module, ds, optim, world)
@@ -137,7 +140,13 @@ def whole_weights(made: Engine) -> dict[str, torch.Tensor]:
 
 
 def loader(
-    world, examples: Examples, packing: str, micro_batch_size: int, accumulation: int, task: str = "causal_lm"
+    world,
+    examples: Examples,
+    packing: str,
+    micro_batch_size: int,
+    accumulation: int,
+    task: str = "causal_lm",
+    **settings,
 ) -> Loader:
     plan = planner(examples, packing, micro_batch_size * accumulation * world.size)
     return Loader(
@@ -149,7 +158,7 @@ def loader(
         world.size,
         micro_batch_size,
         accumulation,
-        tiny.collator(task, packing == "padded", seed=NOISE_SEED).train,
+        tiny.collator(task, packing == "padded", seed=NOISE_SEED, **settings).train,
     )
 
 
@@ -172,7 +181,8 @@ def train(
     losses, norms, applied = [], [], []
     options |= {"micro_batch_size": micro_batch_size, "accumulation": accumulation, "task": task}
     with engine(world, model_dir, padded=packing == "padded", **options) as made:
-        source = iter(loader(world, data, packing, micro_batch_size, accumulation, task))
+        settings = options.get("settings") or {}
+        source = iter(loader(world, data, packing, micro_batch_size, accumulation, task, **settings))
         for number in range(steps):
             step = next(source)
             tally, done = made.train_step(step.batches, step.weight, SCHEDULE[number % len(SCHEDULE)])
@@ -226,13 +236,16 @@ def norm(world, *, elements: int, stage: str, precision: str, max_grad_norm: flo
         gc.collect()
 
 
-def evaluate(world, *, model_dir: str, micro_batch_size: int | None, examples: int, **options) -> dict[str, float]:
+def evaluate(
+    world, *, model_dir: str, micro_batch_size: int | None, examples: int, task: str = "causal_lm", **options
+) -> dict[str, float]:
     """Evaluation metrics of the untrained model."""
     from dsft.tracking import NullTracker
 
-    data = Examples(tiny.examples(examples))
-    with engine(world, model_dir, **options) as made:
-        evaluator = Evaluator(data, tiny.collator(), world, tiny.METRICS, micro_batch_size, 96)
+    metrics = declare(TASKS[task].metrics, TASKS[task].target)
+    collator = tiny.collator(task, options.get("padded", False), **(options.get("settings") or {}))
+    with engine(world, model_dir, task=task, **options) as made:
+        evaluator = Evaluator(examples_of(task, examples), collator, world, metrics, micro_batch_size, 96)
         return evaluator.metrics(made, NullTracker().bar)
 
 
@@ -607,6 +620,8 @@ def stops(world, *, asked: list[tuple[int, int, str, str]], total: int = 9, eval
                 request.received = name
 
     class Evaluating:
+        about: ClassVar[dict] = {}
+
         def metrics(self, *_):
             at(the_loop.counters.step, "evaluation")
             return {"eval/loss": 1.0}

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from sklearn import metrics as judge
 from transformers import LlamaForCausalLM
 
 EXAMPLES = 23
@@ -45,6 +46,58 @@ def test_any_batch_size_and_world(pools, model_dir, expected, ranks, micro_batch
     """23 examples over 2 ranks are ragged; none is counted twice or left out (transformers#39241, trl#7010)."""
     rows = pools(ranks).run(
         cases.evaluate, model_dir=model_dir, micro_batch_size=micro_batch_size, stage=stage, examples=EXAMPLES
+    )
+    for found in rows:
+        assert found["eval/examples"] == EXAMPLES
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def classifier(request, tmp_path_factory) -> tuple[str, dict[str, float]]:
+    """A model with a head for labels, and what scikit-learn says of its answers to single texts."""
+    directory = str(tmp_path_factory.mktemp("classifier"))
+    model = tiny.classifier(request.param, vocab_size=400)
+    model.save_pretrained(directory)
+    examples = tiny.labelled_examples(EXAMPLES)
+    counts = np.array([example.weight for example in examples])
+    targets = [tiny.labels_of(example)[0] for example in examples]
+    logits = []
+    for example in examples:
+        typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
+        with torch.no_grad():
+            ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+            logits.append(model(input_ids=ids, **(typed if request.param == "bert" else {})).logits[0])
+    scores = torch.stack(logits).softmax(-1).double().numpy()
+    predicted = scores.argmax(-1)
+    labels = list(range(len(tiny.LABELS)))
+    return directory, {
+        "eval/loss": judge.log_loss(targets, scores, labels=labels, sample_weight=counts),
+        "eval/accuracy": judge.accuracy_score(targets, predicted, sample_weight=counts),
+        "eval/f1_macro": judge.f1_score(targets, predicted, average="macro", sample_weight=counts, zero_division=0),
+        "eval/mcc": judge.matthews_corrcoef(targets, predicted, sample_weight=counts),
+        "eval/roc_auc": judge.roc_auc_score(targets, scores / scores.sum(-1, keepdims=True), multi_class="ovr",
+                                            sample_weight=counts),
+        "eval/records": round(counts.sum()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch_size", "stage", "padded"),
+    pairwise.cases((1, 2), (1, 7), ("zero2", "zero3"), (False, True)),
+)
+def test_labels_for_any_batch_size_and_world(pools, classifier, ranks, micro_batch_size, stage, padded):
+    """23 texts divide by neither; smoothing and focal loss are training's alone."""
+    model_dir, expected = classifier
+    rows = pools(ranks).run(
+        cases.evaluate,
+        model_dir=model_dir,
+        micro_batch_size=micro_batch_size,
+        stage=stage,
+        padded=padded,
+        examples=EXAMPLES,
+        task="classify",
+        settings=tiny.CLASSIFYING,
     )
     for found in rows:
         assert found["eval/examples"] == EXAMPLES

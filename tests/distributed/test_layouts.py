@@ -1,4 +1,5 @@
-"""The first promise for encoders, and for models that are trained padded, against plain loops over single examples."""
+"""The first promise for encoders, for heads on whole texts, and for models that are trained padded, against plain loops
+over single examples."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 from test_exactness import clip, deviation
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from dsft.model.noise import Noise
 from dsft.tasks.masked_lm import inputs
@@ -38,10 +45,15 @@ class Way:
     packing: str
     task: str = "masked_lm"
     model: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
 
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 MODERN = {"local_attention": 16, "global_attn_every_n_layers": 2, "attention_dropout": 0.0}
+# of its table of positions it drops the same for a whole step, which a loop over single examples does not know
+DEBERTA = {"relative_attention": True} | dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout"), 0.0
+)
 LFM = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
 WAYS = {
     "bert": Way("BERT with dropout, flat rows", "bert", "bfd", model=DROPOUT),
@@ -49,6 +61,10 @@ WAYS = {
     "modernbert": Way("ModernBERT, flat rows", "modernbert", "bfd", model=MODERN),
     "modernbert padded": Way("ModernBERT, padded", "modernbert", "padded", model=MODERN),
     "mamba": Way("Mamba (recurrent), padded", "mamba", "padded", "causal_lm", {"state_size": 4}),
+    "classify bert": Way("Labels: BERT with dropout, flat rows", "bert", "bfd", "classify", DROPOUT),
+    "classify bert padded": Way("Labels: BERT with dropout, padded", "bert", "padded", "classify", DROPOUT),
+    "classify llama": Way("Labels, focal and smoothed: Llama", "llama", "bfd", "classify", {}, tiny.CLASSIFYING),
+    "classify deberta": Way("Labels: DeBERTa, padded", "deberta-v2", "padded", "classify", DEBERTA),
     "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
 }
 RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
@@ -61,7 +77,7 @@ def model_dirs(tmp_path_factory):
     made = {}
     for name, way in WAYS.items():
         made[name] = str(tmp_path_factory.mktemp(way.family))
-        make = tiny.masked if way.task == "masked_lm" else tiny.causal
+        make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal, "classify": tiny.classifier}[way.task]
         make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
     return made
 
@@ -105,16 +121,31 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    if way.task == "classify":
+        return labelled_loss(model, way, example, ids)
     targets = torch.where(torch.from_numpy(example.columns["weights"] > 0), ids[0], -100)
     logits = model(input_ids=ids, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum")
 
 
+def labelled_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of one text's label, by its formula: smoothed over labels, focal, times what record and label count."""
+    (label,) = tiny.labels_of(example)
+    typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
+    logs = model(input_ids=ids, **(typed if way.family == "bert" else {})).logits[0].log_softmax(-1)
+    smoothing, gamma = way.settings.get("label_smoothing", 0.0), way.settings.get("focal_gamma", 0.0)
+    target = torch.full_like(logs, smoothing / len(logs))
+    target[label] += 1 - smoothing
+    counts = example.weight * tiny.LABEL_WEIGHTS[label]
+    return -(target * logs).sum() * (1 - logs[label].exp()) ** gamma * counts
+
+
 def plain_loop(model_dir: str, way: Way):
-    auto = AutoModelForMaskedLM if way.task == "masked_lm" else AutoModelForCausalLM
+    autos = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
+    auto = autos.get(way.task, AutoModelForSequenceClassification)
     model = auto.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     noise = Noise(model, cases.NOISE_SEED)
-    if way.task == "masked_lm":
+    if way.task == "masked_lm" or (way.family == "bert"):
         AttentionInterface.register("written_out_both", written_out(noise))
         AttentionMaskInterface.register("written_out_both", lambda *_, **__: None)
         model.set_attn_implementation("written_out_both")
@@ -147,7 +178,7 @@ def plain_loop(model_dir: str, way: Way):
         losses.append(total)
         place += 1
     # a bias of keys has a gradient of 0 but for rounding, by whose size Adam divides it
-    weights = {n: p.detach().clone() for n, p in trained if not n.endswith("key.bias")}
+    weights = {n: p.detach().clone() for n, p in trained if not n.endswith(("key.bias", "key_proj.bias"))}
     return {"loss": losses, "grad_norm": norms, "weights": weights}
 
 
@@ -164,6 +195,7 @@ def test_same_as_a_plain_loop_over_single_examples(pools, reference, model_dirs,
         stage=stage,
         examples=EXAMPLES,
         task=way.task,
+        settings=way.settings,
     )
     found = [deviation(result, reference(name)) for result in results]
     TABLE[ranks, accumulation, stage, name] = {k: max(f[k] for f in found) for k in found[0]}

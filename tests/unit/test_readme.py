@@ -15,9 +15,11 @@ from dsft import ds_config
 from dsft.config import cli, load, table
 from dsft.config.check import check
 from dsft.config.schema import knobs
-from dsft.metrics import comparable
-from dsft.tasks import settings_by_task
+from dsft.metrics import comparable, declare
+from dsft.tasks import TASKS, settings_by_task
+from dsft.tasks.classify import SHAPES as LABELLED
 from dsft.tasks.conversation import SHAPES
+from dsft.tasks.task import read as read_record
 
 load.register()
 
@@ -68,6 +70,8 @@ def test_no_setting_or_metric_is_described_in_two_places():
 
 def test_every_shape_of_record_is_shown_and_read(readme):
     shown = [json.loads(record) for record in re.findall(r'`(\{"\w+": .+?\})`', readme)]
+    labelled = [shown.pop(number) for number, record in enumerate(shown) if "label" in record]
+    assert [read_record(LABELLED, record, "README").labels for record in labelled] != [()] * len(labelled)
     read = [tiny.conversation(record, "README") for record in shown]
     assert len(shown) == len(SHAPES)
     assert {names for names in SHAPES for record in shown if set(names) <= set(record)} == set(SHAPES)
@@ -92,7 +96,7 @@ def test_a_command_composes_and_its_settings_agree(command):
         ds_config.read(config.deepspeed.json),
         RANKS,
         settings_by_task(),
-        comparable(tiny.METRICS),
+        comparable(declare(TASKS[config.task.name].metrics, TASKS[config.task.name].target)),
         cli.names(overrides),
     )
 

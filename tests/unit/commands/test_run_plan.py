@@ -77,7 +77,12 @@ def test_a_run_from_anothers_checkpoint_is_a_run_of_its_own_to_wandb(origin, exp
         planner=SimpleNamespace(describe=lambda micro_batch_size: {}),
         sizes=SimpleNamespace(micro_batch_size=1),
         train_set=Data([None]),
-        model=SimpleNamespace(words=Vocabulary(0), tokenizer=None, stopping=SimpleNamespace(note=None)),
+        model=SimpleNamespace(
+            words=Vocabulary(0),
+            tokenizer=None,
+            stopping=SimpleNamespace(note=None),
+            source=SimpleNamespace(head=None),
+        ),
     )
     checkpoint = tmp_path / origin / "checkpoints/step-000010"
     train._begin(config, plan, the_loop, checkpoint, {"step": 10, "wandb_id": "abc"})

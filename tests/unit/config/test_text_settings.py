@@ -72,6 +72,8 @@ def test_all_text_of_the_schema_is_known():
         "tuning.trainable",
         "tuning.target_modules",
         "tracking.tags",
+        "model.allow_missing",
+        "task.labels",
     }
     assert MAPS == ["data.columns"]
     assert not [n for n, hint in knobs().items() if "str" in str(hint) and n not in TEXTS + LISTS + MAPS]
