@@ -1,0 +1,106 @@
+"""Labels of texts by the real command: killed and resumed on two ranks, exported whole and as adapters with a head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+STEPS = ["train.max_steps=12", "train.log_every=2", "train.eval_every=5", "train.save_every=4", "train.seed=3"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """An encoder without a head, with dropout, and texts with labels that a word in them tells."""
+    path = tmp_path_factory.mktemp("labelled")
+    tiny.masked("bert", "eager").save_pretrained(path / "model")
+    tiny.ENCODER_TOKENIZER.save_pretrained(path / "model")
+    tiny.write_jsonl(path / "标签.jsonl", tiny.labelled_rows(70))
+    return path
+
+
+def arguments(path: Path, run: str) -> list[str]:
+    return [
+        f"run_dir={path / run}",
+        "task=classify",
+        f"model.path={path / 'model'}",
+        "data=jsonl",
+        f"data.train={path / '标签.jsonl'}",
+        f"data.cache_dir={path / 'cache'}",
+        "data.validation_share=0.2",
+        "data.test_share=0.1",
+        "data.stratify_by_field=label",
+        "data.max_length=32",
+        "precision=fp32",
+        "batch.micro_batch_size=2",
+        "task.balance=balanced",
+        *STEPS,
+    ]
+
+
+def test_killed_and_resumed_it_ends_as_if_nothing_had_happened_and_loads(home, scratch):
+    straight = helpers.train(arguments(home, "straight"), scratch)
+    assert straight.code == 0, straight.err
+    assert "the head has 3 outputs: blue, red, 狐狸; new, by train.seed" in straight.err
+    with helpers.start(arguments(home, "killed"), scratch) as running:
+        running.until(helpers.reached(home / "killed", 6))
+        running.kill()
+    resumed = helpers.train(arguments(home, "killed"), scratch)
+    assert resumed.code == 0, resumed.err
+    assert "resuming from" in resumed.err
+    assert helpers.numbers(home / "killed") == helpers.numbers(home / "straight")
+    for name in ("model/model.safetensors", "evaluation.json"):
+        files = [(home / run / name).read_bytes() for run in ("killed", "straight")]
+        assert files[0] == files[1], name
+    check_run(home / "straight")
+
+
+def check_run(run: Path) -> None:
+    """What was exported knows its labels; what was evaluated is shown."""
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model").eval()
+    assert model.config.id2label == {0: "blue", 1: "red", 2: "狐狸"}
+    assert model.config.problem_type == "single_label_classification"
+    tokens = AutoTokenizer.from_pretrained(run / "model")("春天来了", return_tensors="pt")
+    with torch.no_grad():
+        assert model(**tokens).logits.shape == (1, 3)
+    rows = helpers.rows(run)
+    evaluated = [row for row in rows if "eval/f1_macro" in row]
+    assert len(evaluated) == 4 and {"eval/mcc", "eval/roc_auc", "eval/calibration_error"} <= evaluated[-1].keys()
+    assert "test/f1_macro" in rows[-1]
+    about = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert about["validation"]["step"] == about["test"]["step"] == 12
+    cells = about["validation"]["confusion"]["true_by_predicted"]
+    assert sum(map(sum, cells)) == pytest.approx(evaluated[-1]["eval/records"], abs=0.5)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Labels of the validation set, step 12" in page and "<th>狐狸</th>" in page
+
+
+def test_adapters_alone_bring_their_head(home, scratch):
+    result = helpers.train([*arguments(home, "lora"), "tuning=lora", "optim.lr=0.01"], scratch)
+    assert result.code == 0, result.err
+    alone = home / "lora" / "alone"
+    done = helpers.script(["launch/export.py", f"run_dir={home / 'lora'}", "merge=false", f"output={alone}"], scratch)
+    assert done.code == 0, done.err
+    config = AutoConfig.from_pretrained(alone)
+    base = AutoModelForSequenceClassification.from_pretrained(home / "model", config=config)
+    adapted = PeftModel.from_pretrained(base, str(alone)).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(home / "lora" / "model").eval()
+    tokens = tiny.ENCODER_TOKENIZER("月亮在哪里 ？ the red fox", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(adapted(**tokens).logits, merged(**tokens).logits, atol=1e-5)
+
+
+def test_labels_that_only_validation_has_are_refused_before_anything_is_written(home, scratch):
+    tiny.write_jsonl(home / "other.jsonl", [{"text": "the owl", "label": "green"}])
+    given = [one for one in arguments(home, "refused") if not one.startswith(("data.validation_share", "data.strat"))]
+    result = helpers.train([*given, f"data.validation={home / 'other.jsonl'}"], scratch)
+    assert result.code != 0
+    assert "labels that no training record has: 'green' (1 records, the first" in result.err
+    assert "other.jsonl:1" in result.err and "Traceback" not in result.err
+    assert not (home / "refused").exists()
