@@ -156,6 +156,7 @@ def plan(config: Config, place: Place) -> Plan:
     warn(place, doubts)
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
+    warn(place, audits.idle_ignores(data.audit, config.data.ignore_fields))
     model, context = _settled(task, context, data, model)
     packing, why = _layout(config.data.packing, task, model)
     made = Plan(

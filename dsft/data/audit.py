@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsft.data.blocks import WEIGHTS
 from dsft.data.held_out import repeated
+from dsft.data.prompting import left_out
 from dsft.types import Example
 
 if TYPE_CHECKING:
@@ -59,6 +60,18 @@ def part(source: str, report: dict[str, Any], dataset: TokenDataset, held_out: i
         **_supervision(dataset),
         "lengths": {name: int(length) for name, length in zip(PERCENTILES, lengths, strict=True)},
     }
+
+
+def idle_ignores(parts: dict[str, Any], names: list[str]) -> list[str]:
+    """Warnings of fields that are to be left out (`data.ignore_fields`), and that no record has.
+
+    Args:
+        parts: Of each split its `part`, or None.
+        names: Of the fields.
+    """
+    counted = [part["notes"] for part in parts.values() if part]
+    idle = [name for name in names if not any(found.get(left_out(name)) for found in counted)]
+    return [f"data.ignore_fields names `{name}`, which no record has" for name in idle]
 
 
 def notes(counts: Counter[str]) -> dict[str, int]:

@@ -164,7 +164,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     train, *held = _split(key, entry, shares, seed)
     assert train is not None, "no share is the whole"
     held_records = sum(audit.count_records(part) for part in held)
-    parts: dict[str, Any] = {"train": audit.part(found.name, _report(found, entry), train, held_records)}
+    parts: dict[str, Any] = {"train": audit.part(found.name, _report(found, entry, data), train, held_records)}
     given = {"validation": data.validation, "test": data.test}
     sets: dict[str, TokenDataset | None] = dict(zip(given, held))
     labels = {found.name: entry.report["labels"]}
@@ -173,7 +173,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
             own_key, own = _entry(places[f"data.{name}"], data, encode, recipe, None)
             labels[spec] = own.report["labels"]
             chosen = TokenDataset(own_key, own, np.arange(len(own)))
-            parts[name] = audit.part(spec, _report(places[f"data.{name}"], own), chosen, 0)
+            parts[name] = audit.part(spec, _report(places[f"data.{name}"], own, data), chosen, 0)
             sets[name] = chosen
         else:
             parts[name] = _held_out_part(found.name, sets[name])
@@ -199,9 +199,10 @@ def _also(train: TokenDataset, other: TokenDataset | None) -> int:
     return int(np.isin(other.contents[first], train.contents).sum())
 
 
-def _report(found: Readable, entry: Entry) -> dict[str, Any]:
-    """What became of the records, and of the files that they came from."""
-    return {**entry.report, "files": {**found.about(), "noticed": entry.report["files"]}}
+def _report(found: Readable, entry: Entry, data: DataConfig) -> dict[str, Any]:
+    """What became of the records, and of the files that they came from; ignored fields are counted at 0 too."""
+    notes = {prompting.left_out(name): 0 for name in data.ignore_fields} | entry.report["notes"]
+    return {**entry.report, "notes": notes, "files": {**found.about(), "noticed": entry.report["files"]}}
 
 
 def _refuse_absent(name: str, data: DataConfig, entry: Entry) -> None:

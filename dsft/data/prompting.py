@@ -234,6 +234,11 @@ def absent(path: str) -> str:
     return f"without the field `{path}` of data.columns"
 
 
+def left_out(name: str) -> str:
+    """The note of a record of which a field is treated as if it were not there."""
+    return f"field `{name}` left out (data.ignore_fields)"
+
+
 def value_at(fields: Any, path: str) -> Any:
     """What stands in a field, or deeper in at a dotted path; None where nothing does."""
     if isinstance(fields, dict) and path in fields:

@@ -17,7 +17,7 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
-from dsft.data.prompting import Prompting
+from dsft.data.prompting import Prompting, left_out
 from dsft.data.sources import BadRecord, Fields, Raw
 from dsft.metrics import Metric
 from dsft.model.head import Head
@@ -202,7 +202,7 @@ def read(
         raise BadRecord(origin, str(error)) from error
     record.metadata = {name: value for name, value in kept.items() if name not in taken.names and value is not None}
     record.notes |= {f"field `{name}` kept as metadata" for name in record.metadata}
-    record.notes |= {f"field `{name}` left out (data.ignore_fields)" for name in dropped}
+    record.notes |= {left_out(name) for name in dropped}
     return record
 
 

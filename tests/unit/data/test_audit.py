@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dsft.config.schema import DataConfig, OnBadRecord, OnOverflow
 from dsft.data import audit
+from dsft.data.prompting import left_out
 from dsft.tasks import fit
 
 
@@ -131,3 +132,11 @@ def test_what_was_found_of_files_is_told_where_there_is_something_to_say(tmp_pat
             "validation: 1 file of the split test, left out: test.jsonl",
             "validation: 3 files of the split train, left out: train-a.jsonl, train-b.jsonl, train-c.csv",
         ]
+
+
+def test_a_field_to_ignore_that_no_record_has_is_counted_at_0_and_warned_of(tmp_path):
+    path = str(tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "the moon", "extra": 1}] * 2))
+    data = DataConfig(train=path, cache_dir=str(tmp_path), validation_share=0.0, ignore_fields=["extra", "extar"])
+    _, _, parts = tiny.prepare(data, tiny.TOKENIZER)
+    assert parts["train"]["notes"][left_out("extra")] == 2 and parts["train"]["notes"][left_out("extar")] == 0
+    assert audit.idle_ignores(parts, data.ignore_fields) == ["data.ignore_fields names `extar`, which no record has"]
