@@ -242,7 +242,8 @@ def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: i
     usual = TOKENIZER if TASKS[name].kind.encoder is False else ENCODER_TOKENIZER
     context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
     if TASKS[name].kind.headed:
-        context = replace(context, labels=Labels(LABELS, LABEL_WEIGHTS))
+        numbers = Labels(("a", "b"), scale=(17.0, 0.008), shift=(120.0, -0.01))
+        context = replace(context, labels=numbers if name == "regress" else Labels(LABELS, LABEL_WEIGHTS))
     return Collator(TASKS[name], context, padded)
 
 
@@ -277,16 +278,32 @@ def labelled_examples(count: int, seed: int = 0, tokens=None, **settings) -> lis
     return [example for examples in made for example in examples]
 
 
+def rated_rows(count: int, seed: int = 0) -> list[dict]:
+    """Texts and pairs with two numbers of other sizes that their words tell, some with weights."""
+    rows = labelled_rows(count, seed)
+    for row in rows:
+        label = LABELS.index(row.pop("label"))
+        row["labels"] = [100.0 + 20 * label + len(row["text"]) / 7, -0.01 * label]
+    return rows
+
+
+def rated_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
+    """What regression makes of `rated_rows`."""
+    context = replace(collator("regress", tokens=tokens, **settings).context, data=DataConfig(max_length=48))
+    rows = [Raw(row, f"row {number}") for number, row in enumerate(rated_rows(count, seed))]
+    return [example for row in rows for example in encode(row, TASKS["regress"], context)]
+
+
 def labels_of(example: Example) -> list[int]:
     """Numbers of an example's labels."""
     return [LABELS.index(name) for name in example.labels]
 
 
-def classifier(family: str, attention: str = "eager", seed: int = 0, **changes) -> PreTrainedModel:
-    """A model of any family with a head for LABELS, in evaluation mode, as in `causal`."""
+def classifier(family: str, attention: str = "eager", seed: int = 0, names=LABELS, **changes) -> PreTrainedModel:
+    """A model of any family with a head for LABELS or others, in evaluation mode, as in `causal`."""
     body = masked if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES else causal
     config = body(family, attention, seed, **changes).config
-    config.id2label, config.label2id = dict(enumerate(LABELS)), {name: n for n, name in enumerate(LABELS)}
+    config.id2label, config.label2id = dict(enumerate(names)), {name: n for n, name in enumerate(names)}
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():

@@ -60,6 +60,12 @@ class OnOverflow(Enum):
     error = "error"
 
 
+class RegressionLoss(Enum):
+    mse = "mse"
+    mae = "mae"
+    huber = "huber"
+
+
 class HeadInit(Enum):
     normal = "normal"
     xavier = "xavier"
@@ -329,6 +335,18 @@ class TaskConfig:
     """Focal loss of training (arXiv:1708.02002): what is predicted well with probability p counts (1 - p)^gamma."""
     label_smoothing: float = setting(0.0, range=BELOW_1, of_some_tasks=True)
     """Share of the target that is spread over all labels in the loss of training (arXiv:1512.00567)."""
+    regression_loss: RegressionLoss = setting(RegressionLoss.mse, of_some_tasks=True)
+    """Of an error in standard deviations: its square, its size, or Huber's of both."""
+    huber_delta: float = setting(
+        1.0,
+        range=POSITIVE,
+        of_some_tasks=True,
+        acts=When("task.regression_loss", RegressionLoss.huber, choose="task.regression_loss=huber"),
+    )
+    """Where Huber's loss goes over from the square to the size, in standard deviations."""
+    standardise: bool = setting(True, of_some_tasks=True)
+    """Learn numbers with mean 0 and standard deviation 1 over the training data; metrics and the exported model give
+    them as the records have them."""
     head_init: HeadInit = setting(HeadInit.normal, of_some_tasks=True)
     """First values of a new head's matrices, by `train.seed`: `normal` with the standard deviation of the model's
     config, or `xavier` (uniform)."""

@@ -218,10 +218,10 @@ def stream(
     base = _base(model)
     pieces = _adapter_pieces(base) if adapters else _whole_pieces(base)
     if adapters and kind.headed:
-        own = {f"base_model.model.{name}": tensor for name, tensor in heads.parameters(base).items()}
+        own = heads.parameters(base)
         with gather(list(own.values())):
             if is_writer:
-                yield {name: _on_host(tensor, dtype) for name, tensor in own.items()}
+                yield {f"base_model.model.{name}": _on_host(_scaled(base, name), dtype) for name in own}
     for _, group in groupby(pieces, key=lambda piece: piece.layer):
         tensors: dict[str, torch.Tensor] = {}
         for piece in group:
@@ -271,7 +271,15 @@ def _whole_pieces(base: PreTrainedModel) -> Iterator[_Piece]:
 def _with_new_rows(module: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A module's own tensors by their names, with the rows of new tokens that are trained beside them put in."""
     last = {name: name.rpartition(".")[2] for name in own}
-    return {name: whole(module, short) for name, short in last.items() if short not in NEW}
+    made = {name: whole(module, short) for name, short in last.items() if short not in NEW}
+    return {name: heads.with_scale(module, last[name], tensor) for name, tensor in made.items()}
+
+
+def _scaled(base: PreTrainedModel, name: str) -> torch.Tensor:
+    """A parameter of the head as it is written."""
+    place, _, last = name.rpartition(".")
+    module = base.get_submodule(place)
+    return heads.with_scale(module, last, getattr(module, last))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

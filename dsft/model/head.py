@@ -55,6 +55,8 @@ class Head:
         dropout: Rate before it; None leaves the model's own.
         pool: What of a text it is given; None leaves the model's own.
         pad_token_id: By which transformers finds the last token of a padded text.
+        scale: What each output is multiplied by, and `shift` what is then added, while it is trained; both are part of
+            the last layer's weights in what is written.
     """
 
     labels: tuple[str, ...]
@@ -64,17 +66,22 @@ class Head:
     dropout: float | None = None
     pool: Pool | None = None
     pad_token_id: int | None = None
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """All of it, in JSON types; `restored` reads it."""
-        plain = asdict(self)
-        return plain | {"labels": list(self.labels), "init": self.init.value, "pool": self.pool and self.pool.value}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return plain | {"init": self.init.value, "pool": self.pool and self.pool.value}
 
     @staticmethod
     def restored(state: dict[str, Any]) -> Head:
         """The head that `identity` described."""
         pool = Pool(state["pool"]) if state["pool"] else None
-        return Head(**state | {"labels": tuple(state["labels"]), "init": HeadInit(state["init"]), "pool": pool})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
+        }
+        return Head(**plain | {"init": HeadInit(state["init"]), "pool": pool})
 
 
 def described(config: PreTrainedConfig) -> Head:
@@ -152,6 +159,41 @@ def outputs(model: PreTrainedModel) -> list[str]:
     """Names of the head's parameters outside of the base model: what is made for labels alone."""
     inside = f"{model.base_model_prefix}."
     return [name for name in parameters(model) if not name.startswith(inside)]
+
+
+def rescale(model: PreTrainedModel, head: Head, new: Collection[str]) -> None:
+    """Let the outputs of a new head be scaled and shifted, so that it learns numbers of the size of 1 itself.
+
+    A head without a bias, as decoders have it, cannot hold a shift: its outputs are scaled alone.
+    """
+    layer = last_layer(model) if head.scale else None
+    if layer is None or not any(model.get_parameter(name) is layer.weight for name in new):
+        return
+    layer.scale, layer.shift = torch.tensor(head.scale), torch.tensor(head.shift)
+    if layer.bias is None:
+        layer.shift = torch.zeros_like(layer.shift)
+    layer.register_forward_hook(_rescaled)
+
+
+def last_layer(model: PreTrainedModel) -> Any:
+    """The linear layer whose outputs are the model's."""
+    layers = [m for module in modules(model).values() for m in module.modules() if isinstance(m, nn.Linear)]
+    return next(layer for layer in reversed(layers) if layer.out_features == model.config.num_labels)
+
+
+def _rescaled(layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output * layer.scale.to(output) + layer.shift.to(output)
+
+
+def with_scale(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor `name` of a module as it is without its scale and shift beside it."""
+    scale = getattr(module, "scale", None)
+    if scale is None or not isinstance(module, nn.Linear):
+        return tensor
+    scale, shift = scale.to(tensor.device, torch.float32), module.shift.to(tensor.device, torch.float32)
+    if name == "bias":
+        return (tensor.float() * scale + shift).to(tensor.dtype)
+    return (tensor.float() * scale[:, None]).to(tensor.dtype)
 
 
 def check_dropout(model: PreTrainedModel, head: Head) -> None:

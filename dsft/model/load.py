@@ -375,6 +375,7 @@ def _refuse_missing(source: ModelSource, model: PreTrainedModel, info: dict[str,
         new = {*missing, *mismatched, *wanted}
         missing = list(heads.fresh(model, source.head, new, source.allow_missing))
         model.new_parameters = sorted(new)
+        heads.rescale(model, source.head, new)
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise UserError(

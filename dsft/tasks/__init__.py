@@ -1,6 +1,6 @@
 """Every kind of fine-tuning, by the name that `task=NAME` gives it."""
 
-from dsft.tasks import causal_lm, classify, masked_lm
+from dsft.tasks import causal_lm, classify, masked_lm, regress
 from dsft.tasks.task import Task, encode
 
 __all__ = ["TASKS", "Task", "encode", "settings_by_task"]
@@ -9,6 +9,7 @@ TASKS: dict[str, Task] = {
     "causal_lm": causal_lm.TASK,
     "masked_lm": masked_lm.TASK,
     "classify": classify.TASK,
+    "regress": regress.TASK,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,44 +11,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsft.config.schema import OnOverflow, TaskConfig
+from dsft.config.schema import TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
-from dsft.errors import UserError
 from dsft.metrics import Metric, Reduction, classification, mean
 from dsft.model.head import MULTI, SINGLE, Head
 from dsft.model.kind import SEQUENCE
 from dsft.tasks import labels as naming
-from dsft.tasks import media, weights
+from dsft.tasks import texts
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Outcome, Task, View, text_of
-from dsft.types import Batch, Dropped, Example, Record
+from dsft.tasks.task import Context, Outcome, Task, View
+from dsft.types import Batch, Dropped, Example
 
 SHOWN = 100
 """Labels of which a table shows at most which were taken for which."""
 
-NO_WEIGHT = "weight 0"
-TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
-
 
 @dataclass(kw_only=True)
-class Labelled(Record):
+class Labelled(texts.Texts):
     """A text, or two, with labels.
 
     Attributes:
-        written: Field -> text, one or two.
         labels: Names of its labels.
     """
 
-    written: dict[str, str]
     labels: tuple[str, ...]
-
-    def texts(self) -> dict[str, str]:
-        return self.written
-
-    def with_texts(self, texts: Mapping[str, str]) -> Labelled:
-        return replace(self, written={name: texts.get(name, text) for name, text in self.written.items()})
 
 
 def _labelled(names: tuple[str, ...], label: str, fields: Fields, origin: str) -> Labelled:
@@ -57,16 +45,7 @@ def _labelled(names: tuple[str, ...], label: str, fields: Fields, origin: str) -
     Raises:
         ValueError: A text is missing or empty, or a label is none; the message names the field.
     """
-    media.refuse_fields(fields)
-    written = {name: text_of(fields[name], name, empty=False) for name in names}
-    for name, text in written.items():
-        media.refuse_placeholders(text, name)
-    return Labelled(
-        written=written,
-        labels=_labels(fields[label], label),
-        weight=weights.of_record(fields),
-        origin=origin,
-    )
+    return Labelled(**texts.read(names, fields, origin), labels=_labels(fields[label], label))
 
 
 def _labels(value: Any, field: str) -> tuple[str, ...]:
@@ -77,20 +56,8 @@ def _labels(value: Any, field: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("text", "text_pair"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-)
-"""Fields with the text, or with two; of a row the first that it has."""
-
 SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Labelled]] = {
-    (*names, label): partial(_labelled, names, label) for label in ("label", "labels") for names in PAIRS
+    (*names, label): partial(_labelled, names, label) for label in ("label", "labels") for names in texts.PAIRS
 }
 
 
@@ -99,47 +66,18 @@ def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Drop
 
     Raises:
         ValueError: It has other than one label where it is to have one.
-        UserError: It is too long, and that is an error; or is to be split, which no label bears.
+        UserError: As `texts.tokens`.
     """
-    if context.data.on_overflow is OnOverflow.split:
-        raise UserError(
-            f"data.on_overflow=split with task={context.task.name}: a label is of the whole text, not of its parts. "
-            "Choose truncate, drop or error."
-        )
     if not context.task.multi_label and len(record.labels) != 1:
         raise ValueError(
             f"it has {len(record.labels)} labels: set task.multi_label=true if a record may have several, or none"
         )
-    if not record.weight:
-        return Dropped(NO_WEIGHT)
-    tokenizer, data = context.tokenizer, context.data
-    written = list(record.written.values())
-    encoding = tokenizer(*written, truncation=False, verbose=False)
-    longer = len(encoding["input_ids"]) > data.max_length
-    if longer:
-        if data.on_overflow is OnOverflow.drop:
-            return Dropped(TOO_LONG)
-        if data.on_overflow is OnOverflow.error:
-            raise UserError(
-                f"{record.origin}: {len(encoding['input_ids'])} tokens, but data.max_length is {data.max_length}; "
-                "raise it, or choose data.on_overflow=truncate or drop"
-            )
-        # of a pair the longer text is cut
-        encoding = tokenizer(*written, truncation="longest_first", max_length=data.max_length, verbose=False)
-    ids = _without_padding(np.array(encoding["input_ids"], np.int32), context)
-    columns = {"ids": ids, naming.COLUMN: naming.keys(record.labels)}
-    if "token_type_ids" in encoding:
-        columns["token_types"] = np.array(encoding["token_type_ids"][: len(ids)], np.int8)
-    return [Example(columns, len(ids), weight=record.weight, truncated=longer, labels=record.labels)]
-
-
-def _without_padding(ids: np.ndarray, context: Context) -> np.ndarray:
-    """The ids without padding at their end: transformers' decoders answer at the last token that is none, and some
-    tokenizers end a text with the token that they also pad with."""
-    kept = np.flatnonzero(ids != (-1 if context.tokenizer.pad_token_id is None else context.tokenizer.pad_token_id))
-    if not len(kept):
-        raise ValueError("it has no tokens but padding")
-    return ids[: kept[-1] + 1]
+    made = texts.tokens(record, context)
+    if isinstance(made, Dropped):
+        return made
+    columns, cut = made
+    columns[naming.COLUMN] = naming.keys(record.labels)
+    return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut, labels=record.labels)]
 
 
 def settle(context: Context, data: Prepared, own: list[str]) -> Context:
@@ -180,9 +118,7 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
     training = view.epoch >= 0
     balanced = np.array(context.labels.weights if training else np.ones(len(context.labels.names)), np.float32)
     numbers = context.labels.numbers(example.columns[naming.COLUMN])
-    made: dict[str, Any] = {"input_ids": example.ids.astype(np.int64)}
-    if "token_types" in example.columns:
-        made["token_type_ids"] = example.columns["token_types"].astype(np.int64)
+    made: dict[str, Any] = {**texts.inputs(example.columns)}
     counts = example.weight
     if context.task.multi_label:
         made["document_target"] = np.isin(np.arange(len(balanced)), numbers).astype(np.float32)

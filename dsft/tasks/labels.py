@@ -55,11 +55,15 @@ class Labels:
 
     Attributes:
         names: In the order of the model's outputs.
-        weights: What a record of each counts in the loss of training, float64; 1 where nothing is balanced.
+        weights: What a record of each counts in the loss of training; 1 where nothing is balanced.
+        scale: Of numbers, the standard deviation of each in training.
+        shift: Of numbers, the mean.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
 
     def numbers(self, hashes: np.ndarray) -> np.ndarray:
         """The numbers of labels that the cache keeps, int64."""

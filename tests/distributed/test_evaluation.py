@@ -105,6 +105,30 @@ def test_labels_for_any_batch_size_and_world(pools, classifier, ranks, micro_bat
             assert found[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 7), (2, 1)])
+def test_numbers_for_any_batch_size_and_world(pools, tmp_path_factory, ranks, micro_batch_size):
+    directory = str(tmp_path_factory.mktemp("rated"))
+    model = tiny.classifier("llama", names=("a", "b"), vocab_size=400)
+    model.save_pretrained(directory)
+    examples, found = tiny.rated_examples(EXAMPLES), []
+    for example in examples:
+        with torch.no_grad():
+            found.append(
+                model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None]).logits[0].double().numpy()
+            )
+    targets = np.array([example.columns["numbers"] for example in examples])
+    counts = {"sample_weight": np.array([example.weight for example in examples])}
+    expected = {
+        "eval/mae": judge.mean_absolute_error(targets, found, **counts),
+        "eval/rmse": judge.mean_squared_error(targets, found, **counts) ** 0.5,
+        "eval/r2": judge.r2_score(targets, found, **counts),
+    }
+    options = {"micro_batch_size": micro_batch_size, "examples": EXAMPLES, "task": "regress"}
+    for row in pools(ranks).run(cases.evaluate, model_dir=directory, **options):
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, rel=1e-6), name
+
+
 def test_fewer_examples_than_ranks(pools, model_dir):
     """A rank with nothing to evaluate still takes part, or ZeRO-3 would hang (DeepSpeed#5394)."""
     for found in pools(2).run(cases.evaluate, model_dir=model_dir, micro_batch_size=1, stage="zero3", examples=1):

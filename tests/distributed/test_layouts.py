@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cases
@@ -24,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from dsft.config.schema import RegressionLoss
 from dsft.model.noise import Noise
 from dsft.tasks.masked_lm import inputs
 from dsft.tasks.task import View
@@ -54,6 +56,7 @@ MODERN = {"local_attention": 16, "global_attn_every_n_layers": 2, "attention_dro
 DEBERTA = {"relative_attention": True} | dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout"), 0.0
 )
+HUBER = {"regression_loss": RegressionLoss.huber, "huber_delta": 0.5}
 LFM = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
 WAYS = {
     "bert": Way("BERT with dropout, flat rows", "bert", "bfd", model=DROPOUT),
@@ -65,6 +68,8 @@ WAYS = {
     "classify bert padded": Way("Labels: BERT with dropout, padded", "bert", "padded", "classify", DROPOUT),
     "classify llama": Way("Labels, focal and smoothed: Llama", "llama", "bfd", "classify", {}, tiny.CLASSIFYING),
     "classify deberta": Way("Labels: DeBERTa, padded", "deberta-v2", "padded", "classify", DEBERTA),
+    "regress bert": Way("Numbers: BERT with dropout, flat rows", "bert", "bfd", "regress", DROPOUT),
+    "regress llama": Way("Numbers, Huber's loss: Llama, padded", "llama", "padded", "regress", {}, HUBER),
     "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
 }
 RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
@@ -77,7 +82,8 @@ def model_dirs(tmp_path_factory):
     made = {}
     for name, way in WAYS.items():
         made[name] = str(tmp_path_factory.mktemp(way.family))
-        make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal, "classify": tiny.classifier}[way.task]
+        make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal}.get(way.task, tiny.classifier)
+        make = partial(make, names=("a", "b")) if way.task == "regress" else make
         make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
     return made
 
@@ -121,6 +127,8 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    if way.task == "regress":
+        return rated_loss(model, way, example, ids)
     if way.task == "classify":
         return labelled_loss(model, way, example, ids)
     targets = torch.where(torch.from_numpy(example.columns["weights"] > 0), ids[0], -100)
@@ -138,6 +146,19 @@ def labelled_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     target[label] += 1 - smoothing
     counts = example.weight * tiny.LABEL_WEIGHTS[label]
     return -(target * logs).sum() * (1 - logs[label].exp()) ** gamma * counts
+
+
+def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of one text's two numbers, by its formula: in standard deviations, squared or Huber's."""
+    typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
+    found = model(input_ids=ids, **(typed if way.family == "bert" else {})).logits[0]
+    scale = torch.tensor(tiny.collator("regress").context.labels.scale)
+    error = (found - torch.from_numpy(example.columns["numbers"]).float()) / scale
+    if not way.settings:
+        return error.square().mean() * example.weight
+    delta = way.settings["huber_delta"]
+    inner, outer = error.square() / 2, delta * (error.abs() - delta / 2)
+    return torch.where(error.abs() <= delta, inner, outer).mean() * example.weight
 
 
 def plain_loop(model_dir: str, way: Way):
