@@ -105,8 +105,10 @@ class Evaluator:
             return {}
         mine = {name: torch.cat(rows).cpu().numpy() for name, rows in tally.rows.items()}
         parts = [part for part in self._world.gather_objects((numbers, mine)) if part[0]]
-        order = np.argsort(np.concatenate([part[0] for part in parts]))
-        rows = {name: np.concatenate([part[1][name] for part in parts])[order] for name in parts[0][1]}
+        rows = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
+        if task.kind.by_document:
+            order = np.argsort(np.concatenate([part[0] for part in parts]))
+            rows = {name: values[order] for name, values in rows.items()}
         found, self.about = task.judge(rows, context)
         return found
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -243,7 +244,8 @@ def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: i
     context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
     if TASKS[name].kind.headed:
         numbers = Labels(("a", "b"), scale=(17.0, 0.008), shift=(120.0, -0.01))
-        context = replace(context, labels=numbers if name == "regress" else Labels(LABELS, LABEL_WEIGHTS))
+        named = {"regress": numbers, "tag": Labels(TAGS)}.get(name, Labels(LABELS, LABEL_WEIGHTS))
+        context = replace(context, labels=named)
     return Collator(TASKS[name], context, padded)
 
 
@@ -278,6 +280,36 @@ def labelled_examples(count: int, seed: int = 0, tokens=None, **settings) -> lis
     return [example for examples in made for example in examples]
 
 
+def tagged_rows(count: int, seed: int = 0, longest: int = 30) -> list[dict]:
+    """Words in English and Chinese with tags of entities that they tell, some with weights."""
+    random = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for number, text in enumerate(texts(count, seed, longest)):
+        words, tags = text.split(), list[str]()
+        for word in words:
+            kind = {"fox": "ANIMAL", "bird": "ANIMAL", "owl": "ANIMAL", "moon": "天体", "hill": "天体"}.get(word)
+            after = tags and tags[-1].endswith(str(kind)) and random.random() < 0.7
+            tags.append(f"{'I' if after else 'B'}-{kind}" if kind else "O")
+        rows.append({"tokens": words, "tags": tags})
+        if number % 4 == 0:
+            rows[-1]["weight"] = float(random.choice([0.3, 2.0]))
+    return rows
+
+
+TAGS = ("B-ANIMAL", "B-天体", "I-ANIMAL", "I-天体", "O")
+"""Tags of `tagged_rows`."""
+
+
+def tagged_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
+    """What tagging makes of `tagged_rows`, of which some take several windows of 24 tokens."""
+    context = replace(collator("tag", tokens=tokens, overlap=6, **settings).context, data=DataConfig(max_length=24))
+    made: list[Example] = []
+    for number, row in enumerate(tagged_rows(count, seed)):
+        parts = encode(Raw(row, f"row {number}"), TASKS["tag"], context)
+        made += [replace(part, record=number) for part in parts if isinstance(part, Example)]
+    return made[:count]
+
+
 def rated_rows(count: int, seed: int = 0) -> list[dict]:
     """Texts and pairs with two numbers of other sizes that their words tell, some with weights."""
     rows = labelled_rows(count, seed)
@@ -305,7 +337,8 @@ def classifier(family: str, attention: str = "eager", seed: int = 0, names=LABEL
     config = body(family, attention, seed, **changes).config
     config.id2label, config.label2id = dict(enumerate(names)), {name: n for n, name in enumerate(names)}
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    auto = AutoModelForTokenClassification if names is TAGS else AutoModelForSequenceClassification
+    model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

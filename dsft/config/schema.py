@@ -335,6 +335,9 @@ class TaskConfig:
     """Focal loss of training (arXiv:1708.02002): what is predicted well with probability p counts (1 - p)^gamma."""
     label_smoothing: float = setting(0.0, range=BELOW_1, of_some_tasks=True)
     """Share of the target that is spread over all labels in the loss of training (arXiv:1512.00567)."""
+    overlap: int = setting(64, range=NOT_NEGATIVE, of_some_tasks=True)
+    """Tokens that neighbouring windows of a text longer than `data.max_length` have in common; each word is learnt and
+    answered in the one where it stands farthest from a cut."""
     regression_loss: RegressionLoss = setting(RegressionLoss.mse, of_some_tasks=True)
     """Of an error in standard deviations: its square, its size, or Huber's of both."""
     huber_delta: float = setting(

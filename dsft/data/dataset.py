@@ -26,6 +26,7 @@ from dsft.data import (
     blocks,
     card,
     choice,
+    conll,
     delimited,
     document,
     held_out,
@@ -229,7 +230,7 @@ def code_version(modules: Iterable[str]) -> str:
 
 @cache
 def _own_version() -> str:
-    readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow)
+    readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow, conll)
     modules = (*readers, prompting, choice, splits, card, pydoc, blocks, entries)
     return code_version([__file__, *(str(module.__file__) for module in modules)])
 

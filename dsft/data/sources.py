@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from dsft.config.schema import DataConfig, Source
-from dsft.data import arrow, delimited, document, json_text
+from dsft.data import arrow, conll, delimited, document, json_text
 from dsft.data.choice import Asked, choose
 from dsft.data.raw import BadRecord, Fields, Raw, Reading
 from dsft.data.text import PACKED, format_of, no_text
@@ -32,6 +32,10 @@ READERS: dict[str, Reader] = {
     ".ndjson": json_text.records,
     ".csv": delimited.reader(",;\t"),
     ".tsv": delimited.reader("\t"),
+    ".conll": conll.records,
+    ".bio": conll.records,
+    ".iob": conll.records,
+    ".iob2": conll.records,
     ".txt": document.records,
     ".md": document.records,
     ".parquet": arrow.parquet,

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from dsft.errors import UserError
@@ -86,4 +92,13 @@ SEQUENCE = Kind(
     encoder=None,
     headed=True,
     by_document=True,
+)
+TOKEN = Kind(
+    auto=AutoModelForTokenClassification,
+    families=MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    noun="a model with a head for each token",
+    such_as="a BERT, RoBERTa, ModernBERT, Llama or Qwen",
+    adapters="TOKEN_CLS",
+    encoder=None,
+    headed=True,
 )

@@ -1,6 +1,6 @@
 """Every kind of fine-tuning, by the name that `task=NAME` gives it."""
 
-from dsft.tasks import causal_lm, classify, masked_lm, regress
+from dsft.tasks import causal_lm, classify, masked_lm, regress, tag
 from dsft.tasks.task import Task, encode
 
 __all__ = ["TASKS", "Task", "encode", "settings_by_task"]
@@ -10,6 +10,7 @@ TASKS: dict[str, Task] = {
     "masked_lm": masked_lm.TASK,
     "classify": classify.TASK,
     "regress": regress.TASK,
+    "tag": tag.TASK,
 }
 
 

@@ -39,6 +39,7 @@ class Forward:
         self.model = model
         self.by_document = by_document
         types = getattr(self.plain.config, "type_vocab_size", None) or 0
+        self._keeps = "logits_to_keep" in inspect.signature(self.plain.forward).parameters
         self._typed = types > 1 and "token_type_ids" in inspect.signature(self.plain.forward).parameters
         self._documents: Documents | None = None
         if by_document:
@@ -111,7 +112,7 @@ class Forward:
     def target_logits(self, batch: Batch) -> torch.Tensor:
         """Logits where the batch has targets: (targets, vocabulary)."""
         at = batch.tensors["target_at"]
-        if batch.padded:
+        if batch.padded or not self._keeps:
             return self.logits(batch)[at]
         return self.model(**self.inputs(batch), logits_to_keep=at).logits[0]
 

@@ -66,7 +66,8 @@ class Outcome(NamedTuple):
     Attributes:
         loss: Summed over the batch, float64 scalar to go backward from.
         sums: Further sums, float64 scalars, detached.
-        rows: A row for each document, detached, for what sums cannot give; looked at in evaluations alone.
+        rows: Detached, for what sums cannot give, looked at in evaluations alone: a row for each document of a model
+            that answers once for each, else as many as a task likes, in which their place stands too.
     """
 
     loss: torch.Tensor
@@ -125,8 +126,8 @@ class Task:
         settle: (context, data, names of the outputs of the model's own head) -> the context with what only all records
             together tell, such as which labels there are. None if there is nothing of the kind.
         head: (context) -> the head that the model gets; of `kind.headed` alone.
-        judge: (rows of an evaluation in the order of examples, context) -> the quantities that its metrics are formed
-            from, and what is to be shown beside them, in JSON types.
+        judge: (rows of an evaluation, those of documents in the order of examples, context) -> the quantities that its
+            metrics are formed from, and what is to be shown beside them, in JSON types.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.

@@ -49,6 +49,8 @@ def examples_of(task: str, count: int, vocabulary: int = 400, weighed: bool = Fa
     """A data set of a task; `weighed` as `tiny.weighed_examples` makes them."""
     if weighed:
         return Examples(tiny.weighed_examples(count))
+    if task == "tag":
+        return Examples(tiny.tagged_examples(count))
     if task == "regress":
         return Examples(tiny.rated_examples(count))
     if task == "classify":

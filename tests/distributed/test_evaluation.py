@@ -9,6 +9,7 @@ import cases
 import numpy as np
 import pairwise
 import pytest
+import seqeval.metrics
 import tiny
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,36 @@ def test_numbers_for_any_batch_size_and_world(pools, tmp_path_factory, ranks, mi
     for row in pools(ranks).run(cases.evaluate, model_dir=directory, **options):
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "padded"), [(1, 7, False), (2, 1, True), (2, 7, False)])
+def test_tags_for_any_batch_size_and_world(pools, tmp_path_factory, ranks, micro_batch_size, padded):
+    """Windows of a record may be answered by several ranks, in any order."""
+    directory = str(tmp_path_factory.mktemp("tagged"))
+    model = tiny.classifier("bert", names=tiny.TAGS)
+    model.save_pretrained(directory)
+    examples, rows = tiny.tagged_examples(EXAMPLES), tiny.tagged_rows(EXAMPLES)
+    records: dict[int, tuple[list[str], list[str]]] = {}
+    for example in examples:
+        (at,) = np.nonzero(example.columns["words"] >= 0)
+        with torch.no_grad():
+            found = model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None]).logits[0, at].argmax(-1)
+        ours, theirs = records.setdefault(example.record, ([], []))
+        ours += [tiny.TAGS[int(tag)] for tag in found]
+        theirs += [rows[example.record]["tags"][word] for word in example.columns["words"][at]]
+    assert len(records) < len(examples), "some records take several windows"
+    counts = [rows[record].get("weight", 1.0) for record in records]
+    right = sum(w * sum(a == b for a, b in zip(*pair)) for w, pair in zip(counts, records.values()))
+    words = sum(w * len(pair[0]) for w, pair in zip(counts, records.values()))
+    # seqeval knows no weights
+    repeated = [pair for pair, count in zip(records.values(), counts) for _ in range(round(count * 10))]
+    ours, theirs = ([pair[side] for pair in repeated] for side in (0, 1))
+    options = {"micro_batch_size": micro_batch_size, "examples": EXAMPLES, "task": "tag", "padded": padded}
+    for row in pools(ranks).run(cases.evaluate, model_dir=directory, **options):
+        assert row["eval/accuracy"] == pytest.approx(right / words)
+        assert row["eval/words"] == round(words)
+        assert row["eval/f1"] == pytest.approx(seqeval.metrics.f1_score(theirs, ours))
+        assert row["eval/recall"] == pytest.approx(seqeval.metrics.recall_score(theirs, ours))
 
 
 def test_fewer_examples_than_ranks(pools, model_dir):

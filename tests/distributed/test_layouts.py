@@ -23,10 +23,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from dsft.config.schema import RegressionLoss
 from dsft.model.noise import Noise
+from dsft.tasks import labels as naming
 from dsft.tasks.masked_lm import inputs
 from dsft.tasks.task import View
 
@@ -70,6 +72,8 @@ WAYS = {
     "classify deberta": Way("Labels: DeBERTa, padded", "deberta-v2", "padded", "classify", DEBERTA),
     "regress bert": Way("Numbers: BERT with dropout, flat rows", "bert", "bfd", "regress", DROPOUT),
     "regress llama": Way("Numbers, Huber's loss: Llama, padded", "llama", "padded", "regress", {}, HUBER),
+    "tag bert": Way("Tags: BERT with dropout, flat rows", "bert", "bfd", "tag", DROPOUT),
+    "tag llama": Way("Tags: Llama, padded", "llama", "padded", "tag"),
     "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
 }
 RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
@@ -83,7 +87,8 @@ def model_dirs(tmp_path_factory):
     for name, way in WAYS.items():
         made[name] = str(tmp_path_factory.mktemp(way.family))
         make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal}.get(way.task, tiny.classifier)
-        make = partial(make, names=("a", "b")) if way.task == "regress" else make
+        names = {"regress": ("a", "b"), "tag": tiny.TAGS}.get(way.task)
+        make = partial(make, names=names) if names else make
         make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
     return made
 
@@ -127,6 +132,8 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    if way.task == "tag":
+        return tagged_loss(model, example, ids)
     if way.task == "regress":
         return rated_loss(model, way, example, ids)
     if way.task == "classify":
@@ -148,6 +155,15 @@ def labelled_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     return -(target * logs).sum() * (1 - logs[label].exp()) ** gamma * counts
 
 
+def tagged_loss(model, example, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of one window's words."""
+    (at,) = np.nonzero(example.columns["words"] >= 0)
+    logits = model(input_ids=ids).logits[0, at]
+    known = {naming.key(name): number for number, name in enumerate(tiny.TAGS)}
+    targets = torch.tensor([known[int(one)] for one in example.columns["labels"]])
+    return F.cross_entropy(logits, targets, reduction="sum") * example.weight / len(at)
+
+
 def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     """The loss of one text's two numbers, by its formula: in standard deviations, squared or Huber's."""
     typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
@@ -163,6 +179,7 @@ def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
 
 def plain_loop(model_dir: str, way: Way):
     autos = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
+    autos["tag"] = AutoModelForTokenClassification
     auto = autos.get(way.task, AutoModelForSequenceClassification)
     model = auto.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     noise = Noise(model, cases.NOISE_SEED)
