@@ -14,7 +14,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 PLACEHOLDER = re.compile(
     r"<\|(?:image|audio|video|vision)(?:_\w+)?(?:_\d+)?\|>|<\|vision_start\|>|\[IMG\]|<start_of_image>|<image_soft_token>"
-    r"|<(?P<tag>image|video|audio)>"
+    r"|<(?P<placeholder>image|video|audio)>"
 )
 """What stands in a text for content that is not text."""
 
@@ -45,6 +45,6 @@ def refuse_placeholders(text: str, field: str) -> None:
         ValueError: There is some; the message names field and placeholder.
     """
     for found in PLACEHOLDER.finditer(text):
-        tag = found["tag"]
+        tag = found["placeholder"]
         if tag is None or f"</{tag}>" not in text:
             raise ValueError(f"field `{field}` holds {found[0]}, which stands for content that is not text")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 STEPS = ["train.max_steps=12", "train.log_every=2", "train.eval_every=5", "train.save_every=4", "train.seed=3"]
 
@@ -104,3 +104,28 @@ def test_labels_that_only_validation_has_are_refused_before_anything_is_written(
     assert "labels that no training record has: 'green' (1 records, the first" in result.err
     assert "other.jsonl:1" in result.err and "Traceback" not in result.err
     assert not (home / "refused").exists()
+
+
+def test_tags_of_long_texts_in_columns(home, scratch):
+    """Windows, two ranks, ZeRO-3; the exported model tags words with the names of their tags."""
+    sentences = [zip(row["tokens"], row["tags"]) for row in tiny.tagged_rows(40, longest=60)]
+    text = "\n\n".join("\n".join(f"{word}\t{tag}" for word, tag in sentence) for sentence in sentences)
+    (home / "词.conll").write_text(text, encoding="utf-8")
+    changed = ("task=", "data.", "task.", "train.")
+    given = [one for one in arguments(home, "tags") if not one.startswith(changed)]
+    given += ["task=tag", f"data.train={home / '词.conll'}", "data.validation_share=0.2", "data.max_length=24"]
+    given += [
+        f"data.cache_dir={home / 'cache'}",
+        "task.overlap=8",
+        "train.epochs=4",
+        "deepspeed=zero3",
+        "optim.lr=0.01",
+    ]
+    result = helpers.train(given, scratch)
+    assert result.code == 0, result.err
+    evaluated = [row for row in helpers.rows(home / "tags") if "eval/f1" in row]
+    assert evaluated[-1]["eval/f1"] > evaluated[0]["eval/f1"] and evaluated[-1]["eval/accuracy"] > 0.8
+    about = json.loads((home / "tags/evaluation.json").read_text(encoding="utf-8"))
+    assert {"ANIMAL", "天体"} <= about["validation"]["labels"].keys()
+    model = AutoModelForTokenClassification.from_pretrained(home / "tags/model").eval()
+    assert sorted(model.config.label2id) == sorted(tiny.TAGS)
