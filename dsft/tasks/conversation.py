@@ -173,7 +173,7 @@ def _instruction(fields: Fields) -> list[Message]:
     for number, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"field `history[{number}]` is not a [question, answer] pair")
-        question, answer = (text_of(side, f"history[{number}]") for side in pair)
+        question, answer = (text_of(side, f"history[{number}]", empty=False) for side in pair)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     parts = [text_of(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
     messages.append({"role": "user", "content": text_of("\n\n".join(parts), "instruction", empty=False)})
