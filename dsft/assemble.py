@@ -485,6 +485,7 @@ def identity(config: Config, made: Plan) -> dict[str, Any]:
         "precision": made.precision.value,
         "optim.name": config.optim.name.value,
         "optim.layer_decay": config.optim.layer_decay,
+        "optim.groups": [group.match for group in config.optim.groups],
         checkpoint.DATA: _data_identity(config, made),
     }
 

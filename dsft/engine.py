@@ -169,6 +169,11 @@ class Engine:
         return self._engine.module
 
     @property
+    def peak_lr(self) -> float:
+        """The largest peak learning rate of all parameter groups."""
+        return max(group["initial_lr"] for group in self._optimizer.param_groups)
+
+    @property
     def grad_norm(self) -> float:
         """The last step's 2-norm of the gradient before clipping; waits for the device."""
         return float(self._norm) / self._norm_scale

@@ -141,7 +141,7 @@ def _loop(
         stop=stop,
         train=config.train,
         total_steps=plan.total_steps,
-        peak_lr=config.optim.lr,
+        peak_lr=engine.peak_lr,
         run_dir=run_dir,
         save_frozen=_save_frozen(engine),
         extra_state=lambda: {

@@ -75,6 +75,7 @@ def check(
         *_empty(config),
         *_data(config),
         *_tuning(config, "task.head_init" in tasks[config.task.name]),
+        *_groups(config),
         *_warmup(config.schedule),
         *_metric_names(config, metrics),
         *_zero(config, ds),
@@ -252,6 +253,23 @@ def _tuning(config: Config, headed: bool) -> Iterator[str]:
                 re.compile(pattern)
             except re.error as error:
                 yield f"{name} has {pattern!r}, which is no regular expression: {error}."
+
+
+def _groups(config: Config) -> Iterator[str]:
+    for number, group in enumerate(config.optim.groups):
+        name = f"optim.groups[{number}]"
+        if not group.match:
+            yield f"{name} names no parameters: give it match=REGULAR_EXPRESSION."
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            yield f"{name}.match={group.match!r} is no regular expression: {error}."
+        if group.lr is None and group.weight_decay is None:
+            yield f"{name} changes nothing: give it an lr or a weight_decay, or leave it out."
+        if group.lr is not None and not 0 <= group.lr < math.inf:
+            yield f"{name}.lr={group.lr} is a rate, 0 or more."
+        if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
+            yield f"{name}.weight_decay={group.weight_decay} is 0 or more."
 
 
 def _warmup(schedule: ScheduleConfig) -> Iterator[str]:

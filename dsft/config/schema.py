@@ -420,6 +420,18 @@ class BatchConfig:
 
 
 @dataclass
+class ParameterGroup:
+    """Parameters with a rate or a decay of their own."""
+
+    match: str = ""
+    """Regular expression that their names are searched for."""
+    lr: float | None = None
+    """Their peak learning rate; null leaves `optim.lr` and `optim.layer_decay` to say it."""
+    weight_decay: float | None = None
+    """Weight decay of those that are decayed at all; null leaves it to `optim.weight_decay`."""
+
+
+@dataclass
 class OptimConfig:
     name: OptimName = setting(OptimName.adamw, by_group=True)
     """`adamw`, `sgd`, `lion` (DeepSpeed's) or `muon` (DeepSpeed's; matrices by Muon, the rest by AdamW)."""
@@ -446,6 +458,9 @@ class OptimConfig:
     """Momentum."""
     max_grad_norm: float = setting(1.0, range=NOT_NEGATIVE)
     """Clip the gradient to this global 2-norm; 0 is off."""
+    groups: list[ParameterGroup] = setting([])
+    """Parameters with a rate or decay of their own, as in `[{match: classifier, lr: 1e-4, weight_decay: 0.1}]`; of
+    several whose regular expression finds a name the first counts. A rate given here is not scaled by `layer_decay`."""
     layer_decay: float = setting(1.0, range=SHARE)
     """Layer-wise rates: each layer below the top has this times the rate of the one above it."""
 

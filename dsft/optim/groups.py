@@ -21,16 +21,18 @@ class _Key(NamedTuple):
     depth: int
     undecayed: bool
     by_adamw: bool
+    own: int = -1
+    """Which of `optim.groups`; -1 for none."""
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters of `model` into optimizer groups.
 
     Norms, biases, embeddings (an output head tied to them and rows of new tokens included) and DoRA magnitudes are
-    not decayed. With
-    `optim.layer_decay` d, the top layer and everything above the layers learn at `optim.lr`, each lower layer at d
-    times the rate of the one above it, and the embeddings at d times that of the lowest layer (arXiv:1801.06146;
-    arXiv:2003.10555). Muon takes the matrices of the layers, AdamW the rest.
+    not decayed. With `optim.layer_decay` d, the top layer and everything above the layers learn at `optim.lr`, each
+    lower layer at d times the rate of the one above it, and the embeddings at d times that of the lowest layer
+    (arXiv:1801.06146; arXiv:2003.10555). What `optim.groups` gives to parameters by their names holds over all that.
+    Muon takes the matrices of the layers, AdamW the rest.
 
     Args:
         model: A model, wrapped by peft or not; partitioned by ZeRO-3 or not.
@@ -53,6 +55,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     members: dict[_Key, list[nn.Parameter]] = defaultdict(list)
     for name, parameter, module in _trainable(model):
         members[_key(name, parameter, module, layers, optim)].append(parameter)
+    _refuse_unmatched(optim, {key.own for key in members}, model)
     if not members:
         raise UserError(
             "no parameter is trainable: the patterns of tuning.trainable match nothing and tuning.last_layers "
@@ -92,7 +95,21 @@ def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, opt
         depth=0 if optim.layer_decay == 1 else _EMBEDDINGS if below else layer,
         undecayed=plain or embedding,
         by_adamw=not (matrix and optim.name is OptimName.muon),
+        own=next((number for number, group in enumerate(optim.groups) if re.search(group.match, name)), -1),
     )
+
+
+def _refuse_unmatched(optim: OptimConfig, met: set[int], model: nn.Module) -> None:
+    """Refuse a group without parameters."""
+    for number, group in enumerate(optim.groups):
+        if number not in met:
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            found = any(re.search(group.match, name) for name in trained)
+            why = "those that it finds are of an earlier group" if found else f"the last one is {trained[-1]}"
+            raise UserError(
+                f"optim.groups[{number}].match={group.match!r} is found in no trainable parameter's name: {why}. "
+                "Correct it, or leave the group out."
+            )
 
 
 def _group(key: _Key, params: list[nn.Parameter], layers: int, optim: OptimConfig) -> dict[str, Any]:
@@ -106,6 +123,12 @@ def _group(key: _Key, params: list[nn.Parameter], layers: int, optim: OptimConfi
         "lr": optim.lr * factor,
         "weight_decay": 0.0 if key.undecayed else optim.weight_decay,
     }
+    if key.own >= 0:
+        own = optim.groups[key.own]
+        words.append(f"optim.groups[{key.own}]")
+        group["lr"] = group["lr"] if own.lr is None else own.lr
+        if own.weight_decay is not None and not key.undecayed:
+            group["weight_decay"] = own.weight_decay
     if optim.name is OptimName.muon:
         words.append("adamw" if key.by_adamw else "muon")
         group["use_muon"] = not key.by_adamw

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dsft.config.schema import Implementation, OptimConfig, OptimName
+from dsft.config.schema import Implementation, OptimConfig, OptimName, ParameterGroup
 from dsft.errors import UserError
 from dsft.optim import build, parameter_groups
 
@@ -112,6 +112,34 @@ def test_layer_decay_slows_each_layer_below_the_top():
     assert names["layer 1, decay"] == in_layers(MATRICES, 1)
     assert names["head, decay"] == {"lm_head.weight"}
     assert names["head, no decay"] == {"model.norm.weight"}
+
+
+def test_groups_by_name_have_a_rate_and_a_decay_of_their_own():
+    model = tiny_llama()
+    given = [ParameterGroup("lm_head", lr=5.0), ParameterGroup(r"layers\.1\..*proj", weight_decay=0.3),
+             ParameterGroup("norm", weight_decay=0.7)]  # fmt: skip
+    optim = OptimConfig(lr=1.0, weight_decay=0.1, layer_decay=0.5, groups=given)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in parameter_groups(model, optim) for p in group["params"]}
+    plain = {
+        names[id(p)]: group
+        for group in parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.1, layer_decay=0.5))
+        for p in group["params"]
+    }
+    assert found.keys() == plain.keys()
+    for name, group in found.items():
+        rate, decay = plain[name]["lr"], plain[name]["weight_decay"]
+        rate = 5.0 if "lm_head" in name else rate
+        decay = 0.3 if "layers.1." in name and "proj" in name else decay
+        assert (group["lr"], group["weight_decay"]) == (rate, decay), name
+
+
+def test_a_group_that_finds_nothing_or_only_what_an_earlier_one_has_is_refused():
+    with pytest.raises(UserError, match=r"optim.groups\[0\].match='nosuch' is found in no trainable parameter's name"):
+        parameter_groups(tiny_llama(), OptimConfig(groups=[ParameterGroup("nosuch", lr=1.0)]))
+    taken = [ParameterGroup("lm_head", lr=1.0), ParameterGroup("head", lr=2.0)]
+    with pytest.raises(UserError, match=r"optim.groups\[1\].*those that it finds are of an earlier group"):
+        parameter_groups(tiny_llama(), OptimConfig(groups=taken))
 
 
 def test_layer_decay_counts_frozen_layers_too():
