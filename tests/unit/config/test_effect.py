@@ -29,7 +29,8 @@ ALWAYS = set(
     data.packing data.columns
     data.ignore_fields data.on_bad_record data.on_overflow data.cache_dir data.num_workers tuning.method
     tuning.neftune_alpha deepspeed.json batch.micro_batch_size batch.gradient_accumulation_steps
-    batch.global_batch_size optim.name optim.lr optim.max_grad_norm optim.layer_decay schedule.warmup_ratio
+    batch.global_batch_size optim.name optim.lr optim.max_grad_norm optim.groups optim.layer_decay
+    schedule.warmup_ratio
     train.seed train.log_every train.save_every train.keep_last train.resume train.max_skipped_steps train.export
     train.deterministic tracking.wandb tracking.progress precision activation_checkpointing name run_dir""".split()
 )
