@@ -168,11 +168,11 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     parts: dict[str, Any] = {"train": audit.part(found.name, _report(found, entry, data), train, held_records)}
     given = {"validation": data.validation, "test": data.test}
     sets: dict[str, TokenDataset | None] = dict(zip(given, held))
-    labels = {found.name: entry.report["labels"]}
+    labels = {f"data.train={found.name}": entry.report["labels"]}
     for name, spec in given.items():
         if spec:
             own_key, own = _entry(places[f"data.{name}"], data, encode, recipe, None)
-            labels[spec] = own.report["labels"]
+            labels[f"data.{name}={spec}"] = own.report["labels"]
             chosen = TokenDataset(own_key, own, np.arange(len(own)))
             parts[name] = audit.part(spec, _report(places[f"data.{name}"], own, data), chosen, 0)
             sets[name] = chosen

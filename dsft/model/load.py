@@ -239,11 +239,14 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def own_labels(source: ModelSource) -> list[str]:
-    """Names of the outputs of the head that the model's files hold, in order; none where they hold none."""
+    """Names of the outputs of the head that the model's files hold, in order; none where they hold none of its kind."""
     with _loading(source, "config.json"):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
-    heads_own = any(directories.OTHER_HEAD.search(name) for name in config.architectures or [])
-    return [str(config.id2label[number]) for number in sorted(config.id2label)] if heads_own else []
+    named = source.kind.families.get(config.model_type, ())
+    own = {named} if isinstance(named, str) else {*named}
+    if not own.intersection(config.architectures or []):
+        return []
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
 
 
 def load_generation_config(source: ModelSource) -> bytes | None:

@@ -88,11 +88,11 @@ def settle(context: Context, data: Prepared, own: list[str]) -> Context:
     """
     names = naming.collected(data.labels, context.task.labels, own)
     every = Labels(names)
-    train = data.train
-    column = train.entry.columns[naming.COLUMN]
-    counts, records = np.zeros(len(names)), float(train.weights.sum())
-    for place, weight in zip(train.selection, train.weights, strict=True):
-        counts[every.numbers(column[place])] += weight
+    train, column = data.train, data.train.entry.columns[naming.COLUMN]
+    records = float(train.weights.sum())
+    weights = np.zeros(len(train.entry))  # 0 for what is held out
+    weights[train.selection] = train.weights
+    counts = np.bincount(every.numbers(column.data), np.repeat(weights, np.diff(column.offsets)), len(names))
     return replace(context, labels=replace(every, weights=naming.weights(names, counts, records, context.task)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,17 @@ class Labels:
     shift: tuple[float, ...] = ()
 
     def numbers(self, hashes: np.ndarray) -> np.ndarray:
-        """The numbers of labels that the cache keeps, int64."""
-        table = {key(name): number for number, name in enumerate(self.names)}
-        return np.array([table[int(one)] for one in hashes], np.int64)
+        """The numbers of labels that the cache keeps, int64, the same shape."""
+        order, rising = self._table
+        found = np.searchsorted(rising, hashes).clip(max=len(rising) - 1)
+        assert (rising[found] == hashes).all(), "every label of the data has been collected"
+        return order[found]
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        hashes = keys(self.names)
+        order = np.argsort(hashes)
+        return order, hashes[order]
 
 
 def collected(reports: Mapping[str, dict[str, Any]], given: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:

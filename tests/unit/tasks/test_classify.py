@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoModelForSequenceClassification
 
 from dsft.config.schema import Balance, DataConfig, HeadInit, OnOverflow, Pool, TaskConfig
+from dsft.data import dataset
 from dsft.data.sources import BadRecord, Raw
 from dsft.errors import UserError
 from dsft.model import head as heads
@@ -271,6 +273,25 @@ def test_a_head_for_the_same_labels_is_kept_and_for_others_made_anew(tmp_path):
         assert torch.equal(model.bert.pooler.dense.weight, saved.bert.pooler.dense.weight)
 
 
+def test_a_head_of_another_kind_is_none_though_its_labels_are_called_the_same(tmp_path):
+    tiny.classifier("bert", names=tiny.TAGS).save_pretrained(tmp_path)
+    model = load_model(replace(source(tmp_path), head=Head(tiny.TAGS, SINGLE)), torch.float32, "eager")
+    assert {"classifier.weight", "classifier.bias"} <= {*model.new_parameters}
+
+
+def test_labels_of_a_validation_split_of_the_same_place_are_its_own(tmp_path):
+    for name, label in (("train", "a"), ("validation", "c")):
+        rows = [{"text": "the moon", "label": label}, {"text": "the owl", "label": "b"}]
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    data = DataConfig(train=str(tmp_path), validation=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    context = tiny.collator("classify").context
+    make = partial(encode, task=TASK, context=replace(context, data=data))
+    found = dataset.prepare(data, make, {}, 0).labels
+    assert [set(names) for names in found.values()] == [{"a", "b"}, {"b", "c"}]
+    with pytest.raises(UserError, match=r"data\.validation=.*: labels that no training record has: 'c' \(1 records"):
+        labels.collected(found, [], [])
+
+
 def test_a_body_that_lacks_weights_is_refused_unless_that_is_allowed(tmp_path):
     model = tiny.masked("bert", "eager")
     state = {name: value for name, value in model.state_dict().items() if "layer.1.output" not in name}
@@ -313,3 +334,15 @@ def test_a_filler_batch_goes_through_the_same_layers():
     loss.backward()
     assert float(loss) == 0 and float(tally.sums["weight"]) == 0
     assert module.model.classifier.weight.grad is not None
+
+
+def test_labels_are_counted_over_the_training_records_alone(tmp_path):
+    rows = [{"text": f"the moon {number}", "label": "a" if number % 3 else "b", "weight": 2} for number in range(40)]
+    data = DataConfig(train=str(tiny.write_jsonl(tmp_path / "x.jsonl", rows)), validation_share=0.5,
+                      cache_dir=str(tmp_path))  # fmt: skip
+    context = replace(tiny.collator("classify", balance=Balance.balanced).context, data=data)
+    found = dataset.prepare(data, partial(encode, task=TASK, context=context), {}, 0)
+    train = [rows[record]["label"] for record in found.train.records]
+    expected = compute_class_weight("balanced", classes=np.array(["a", "b"]), y=train)
+    made = classify.settle(context, found, []).labels
+    assert made.names == ("a", "b") and made.weights == pytest.approx(expected)
