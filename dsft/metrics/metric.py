@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 
 class Reduction(Enum):
@@ -102,6 +102,18 @@ class Metric:
         if self.better is None:
             raise ValueError(f"no value of the metric {self.label!r} is better than another")
         return value - over if self.better == "higher" else over - value
+
+
+def judged(unit: str, label: str, name: str, format: str = "{:.2%}", **more: Any) -> Metric:
+    """A metric that a task forms of a whole evaluation (`Task.judge`), which every rank has, and a row may lack.
+
+    Args:
+        unit: As of `Metric`; likewise `label`, `format` and `more`. Unless they say it, higher is better, and neither
+            bar nor headline has it.
+        name: The quantity.
+    """
+    options: dict[str, Any] = {"better": "higher", "bar": None, "headline": False} | more
+    return Metric(unit, label, format, (name,), reduction=Reduction.SAME, optional=True, **options)
 
 
 def mean(total: float, count: float) -> float | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dsft.config.schema import TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
-from dsft.metrics import Metric, Reduction, classification, mean
+from dsft.metrics import Metric, classification, judged, mean
 from dsft.model.head import MULTI, SINGLE, Head
 from dsft.model.kind import SEQUENCE
 from dsft.tasks import labels as naming
@@ -183,38 +183,32 @@ def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, floa
     return numbers, {"labels": dict(zip(names, each))} | about
 
 
-def _number(unit: str, label: str, name: str, form: str = "{:.2%}", **more: Any) -> Metric:
-    """A metric that `judge` gives."""
-    options: dict[str, Any] = {"better": "higher", "bar": None, "headline": False} | more
-    return Metric(unit, label, form, (name,), reduction=Reduction.SAME, optional=True, **options)
-
-
 METRICS = {
     "loss": Metric("nats per record", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
-    "accuracy": _number(
+    "accuracy": judged(
         "share of records with every label right", "Accuracy", "accuracy", bar="{label} {value}", headline=True
     ),
-    "f1_macro": _number("mean over labels", "F1, macro", "f1_macro", headline=True),
-    "f1_micro": _number("over all decisions", "F1, micro", "f1_micro"),
-    "f1_weighted": _number("mean over labels by their records", "F1, weighted", "f1_weighted"),
-    "precision_macro": _number("mean over labels", "Precision, macro", "precision_macro"),
-    "recall_macro": _number("mean over labels", "Recall, macro", "recall_macro"),
-    "precision_weighted": _number("mean over labels by their records", "Precision, weighted", "precision_weighted"),
-    "recall_weighted": _number("mean over labels by their records", "Recall, weighted", "recall_weighted"),
-    "balanced_accuracy": _number("mean recall over labels", "Balanced accuracy", "balanced_accuracy"),
-    "mcc": _number("-1 to 1", "Matthews correlation", "mcc", "{:.4f}"),
-    "roc_auc": _number("0 to 1", "ROC-AUC", "roc_auc", "{:.4f}", meaning="of several labels the mean over them"),
-    "average_precision": _number("0 to 1", "Average precision", "average_precision", "{:.4f}"),
-    "calibration_error": _number(
+    "f1_macro": judged("mean over labels", "F1, macro", "f1_macro", headline=True),
+    "f1_micro": judged("over all decisions", "F1, micro", "f1_micro"),
+    "f1_weighted": judged("mean over labels by their records", "F1, weighted", "f1_weighted"),
+    "precision_macro": judged("mean over labels", "Precision, macro", "precision_macro"),
+    "recall_macro": judged("mean over labels", "Recall, macro", "recall_macro"),
+    "precision_weighted": judged("mean over labels by their records", "Precision, weighted", "precision_weighted"),
+    "recall_weighted": judged("mean over labels by their records", "Recall, weighted", "recall_weighted"),
+    "balanced_accuracy": judged("mean recall over labels", "Balanced accuracy", "balanced_accuracy"),
+    "mcc": judged("-1 to 1", "Matthews correlation", "mcc", "{:.4f}"),
+    "roc_auc": judged("0 to 1", "ROC-AUC", "roc_auc", "{:.4f}", meaning="of several labels the mean over them"),
+    "average_precision": judged("0 to 1", "Average precision", "average_precision", "{:.4f}"),
+    "calibration_error": judged(
         "share", "Calibration error", "calibration_error", better="lower", meaning="expected, of 15 equal bins"
     ),
-    "precision_micro": _number("with several labels at once", "Precision, micro", "precision_micro"),
-    "recall_micro": _number("with several labels at once", "Recall, micro", "recall_micro"),
-    "f1_samples": _number("mean over records, with several labels at once", "F1, samples", "f1_samples"),
-    "hamming_loss": _number("share of decisions, with several labels at once", "Hamming loss", "hamming_loss",
+    "precision_micro": judged("with several labels at once", "Precision, micro", "precision_micro"),
+    "recall_micro": judged("with several labels at once", "Recall, micro", "recall_micro"),
+    "f1_samples": judged("mean over records, with several labels at once", "F1, samples", "f1_samples"),
+    "hamming_loss": judged("share of decisions, with several labels at once", "Hamming loss", "hamming_loss",
                             better="lower"),
-    "f1_micro_tuned": _number("with thresholds tuned on the same records", "F1, micro, tuned", "f1_micro_tuned"),
-    "f1_macro_tuned": _number("with thresholds tuned on the same records", "F1, macro, tuned", "f1_macro_tuned"),
+    "f1_micro_tuned": judged("with thresholds tuned on the same records", "F1, micro, tuned", "f1_micro_tuned"),
+    "f1_macro_tuned": judged("with thresholds tuned on the same records", "F1, macro, tuned", "f1_macro_tuned"),
 }  # fmt: skip
 
 TASK = Task(

@@ -16,7 +16,7 @@ from dsft.config.schema import RegressionLoss, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import Metric, Reduction, mean
+from dsft.metrics import Metric, judged, mean
 from dsft.metrics.regression import regression
 from dsft.model.head import REGRESSION, Head
 from dsft.model.kind import SEQUENCE
@@ -168,21 +168,15 @@ def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, floa
     return regression(predictions, targets, counts), {"labels": each} if len(each) > 1 else {}
 
 
-def _metric(unit: str, label: str, name: str, **more: Any) -> Metric:
-    """A metric that `judge` gives."""
-    options: dict[str, Any] = {"better": "higher", "bar": None} | more
-    return Metric(unit, label, "{:.4f}", (name,), reduction=Reduction.SAME, optional=True, **options)
-
-
 METRICS = {
     "loss": Metric("mean loss of a record", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower",
                    meaning="errors in standard deviations of the training data"),
-    "mse": _metric("square of the targets' unit", "Mean squared error", "mse", better="lower", headline=False),
-    "rmse": _metric("the targets' unit", "Root mean squared error", "rmse", better="lower"),
-    "mae": _metric("the targets' unit", "Mean absolute error", "mae", better="lower", headline=False),
-    "r2": _metric("at most 1", "R2", "r2", headline=False),
-    "pearson": _metric("-1 to 1", "Pearson", "pearson", bar="{label} {value}"),
-    "spearman": _metric("-1 to 1", "Spearman", "spearman"),
+    "mse": judged("square of the targets' unit", "Mean squared error", "mse", "{:.4f}", better="lower"),
+    "rmse": judged("the targets' unit", "Root mean squared error", "rmse", "{:.4f}", better="lower", headline=True),
+    "mae": judged("the targets' unit", "Mean absolute error", "mae", "{:.4f}", better="lower"),
+    "r2": judged("at most 1", "R2", "r2", "{:.4f}"),
+    "pearson": judged("-1 to 1", "Pearson", "pearson", "{:.4f}", bar="{label} {value}", headline=True),
+    "spearman": judged("-1 to 1", "Spearman", "spearman", "{:.4f}", headline=True),
 }  # fmt: skip
 
 TASK = Task(

@@ -17,7 +17,7 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import Metric, Reduction, entities, mean
+from dsft.metrics import Metric, entities, judged, mean
 from dsft.model.head import SINGLE, Head
 from dsft.model.kind import TOKEN
 from dsft.tasks import labels as naming
@@ -261,18 +261,17 @@ def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, floa
     return numbers | found.numbers(), {"labels": found.by_type()}
 
 
-def _number(unit: str, label: str, name: str, **more: Any) -> Metric:
-    """A metric that `judge` gives."""
-    return Metric(unit, label, "{:.2%}", (name,), reduction=Reduction.SAME, better="higher", optional=True, **more)
-
+SHOWN: dict[str, Any] = {"bar": "{label} {value}", "headline": True}
 
 METRICS = {
     "loss": Metric("nats per word", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
-    "accuracy": _number("share of words with the right tag", "Tag accuracy", "accuracy"),
-    "f1": _number("entities with type and both ends right", "Entity F1", "f1", meaning="left out of plain tags"),
-    "precision": _number("share of entities found", "Entity precision", "precision", bar=None, headline=False),
-    "recall": _number("share of entities there", "Entity recall", "recall", bar=None, headline=False),
-    "f1_macro": _number("mean over types", "Entity F1, macro", "f1_macro", bar=None, headline=False),
+    "accuracy": judged("share of words with the right tag", "Tag accuracy", "accuracy", **SHOWN),
+    "f1": judged(
+        "entities with type and both ends right", "Entity F1", "f1", meaning="left out of plain tags", **SHOWN
+    ),
+    "precision": judged("share of entities found", "Entity precision", "precision"),
+    "recall": judged("share of entities there", "Entity recall", "recall"),
+    "f1_macro": judged("mean over types", "Entity F1, macro", "f1_macro"),
 }
 
 TASK = Task(
