@@ -69,7 +69,7 @@ def classifier(request, tmp_path_factory) -> tuple[str, dict[str, float]]:
         with torch.no_grad():
             ids = torch.from_numpy(example.ids.astype(np.int64))[None]
             logits.append(model(input_ids=ids, **(typed if request.param == "bert" else {})).logits[0])
-    scores = torch.stack(logits).softmax(-1).double().numpy()
+    scores = torch.stack(logits).double().softmax(-1).numpy()
     predicted = scores.argmax(-1)
     labels = list(range(len(tiny.LABELS)))
     return directory, {
@@ -77,8 +77,7 @@ def classifier(request, tmp_path_factory) -> tuple[str, dict[str, float]]:
         "eval/accuracy": judge.accuracy_score(targets, predicted, sample_weight=counts),
         "eval/f1_macro": judge.f1_score(targets, predicted, average="macro", sample_weight=counts, zero_division=0),
         "eval/mcc": judge.matthews_corrcoef(targets, predicted, sample_weight=counts),
-        "eval/roc_auc": judge.roc_auc_score(targets, scores / scores.sum(-1, keepdims=True), multi_class="ovr",
-                                            sample_weight=counts),
+        "eval/roc_auc": judge.roc_auc_score(targets, scores, multi_class="ovr", sample_weight=counts),
         "eval/records": round(counts.sum()),
     }  # fmt: skip
 
