@@ -182,8 +182,11 @@ def _check_room(record: Tagged, context: Context, count: int, room: int) -> None
             "Leave it out, for windows; or choose drop or error."
         )
     if count > room and data.on_overflow is OnOverflow.error:
-        raise UserError(f"{record.origin}: {count} tokens, and data.max_length={data.max_length} has room for {room}")
-    if overlap >= room:
+        raise UserError(
+            f"{record.origin}: {count} tokens, and data.max_length={data.max_length} has room for {room}: raise it, or "
+            "leave data.on_overflow out, for windows"
+        )
+    if count > room and overlap >= room:
         raise UserError(
             f"task.overlap={overlap} leaves nothing new in windows of data.max_length={data.max_length}: lower it"
         )
