@@ -27,6 +27,7 @@ from dsft.config.schema import Config, Packing, Precision
 from dsft.data import audit as audits
 from dsft.data import dataset, sources
 from dsft.data import prompting as prompts
+from dsft.data.blocks import WEIGHTS
 from dsft.data.loader import Loader
 from dsft.data.pack import Planner
 from dsft.ds_config import build as build_ds_config
@@ -455,7 +456,7 @@ def probe(made: Plan) -> Batch:
     searched = range(min(len(data), PROBE_SEARCH)) if words.pieces else ()
     number = next((n for n in searched if (data[n].ids >= words.first).any()), 0)
     example = data[number]
-    supervised = example.columns.get("weights", example.ids >= 0) > 0
+    supervised = example.columns.get(WEIGHTS, example.ids >= 0) > 0
     new = example.ids >= words.first
     begin = max(0, int((new if words.pieces and new.any() else supervised).argmax()) - tokens // 4)
     ids = torch.from_numpy(example.ids[begin : begin + tokens].astype("int64"))[None]

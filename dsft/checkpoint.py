@@ -209,6 +209,15 @@ def _other_data(setting: str, before: dict[str, Any], now: dict[str, Any]) -> st
     )
 
 
+def _other_head(setting: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [name for name in now if before.get(name) != now[name]]
+    then, today = (", ".join(f"{name} {text(which.get(name))}" for name in changed) for which in (before, now))
+    return (
+        f"was saved with a head of {then}, and this run's is of {today}: that is another run. Restore the settings of "
+        "task.* or the records that it comes from, or choose another run_dir."
+    )
+
+
 def _other_model(setting: str, before: Any, now: Any) -> str:
     before = before or {"name": "an unknown model", "files": {}}
     names = changed_files(before["files"], now["files"])
@@ -236,7 +245,7 @@ MODEL = "model.path"
 NEW_TOKENS = "data.new_tokens"
 HEAD = "task.labels"
 TOKENS_SHOWN = 4
-_DIFFERENCES = {DATA: _other_data, MODEL: _other_model, NEW_TOKENS: _other_tokens}
+_DIFFERENCES = {DATA: _other_data, MODEL: _other_model, NEW_TOKENS: _other_tokens, HEAD: _other_head}
 """How a difference is said, where setting and values alone do not say it."""
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from dsft import checkpoint
 from dsft.errors import UserError
+from dsft.model.head import SINGLE, Head
 from dsft.runtime.world import World
 
 
@@ -279,6 +280,15 @@ def test_what_changed_the_data_is_named(now, parts):
         assert part in str(caught.value)
     state["loader"]["step_in_epoch"] = 0
     checkpoint.compare(Path("step-000020"), state, {checkpoint.DATA: now}, 1, 2)
+
+
+def test_a_head_for_other_labels_is_another_run_and_the_labels_are_named():
+    identity = {checkpoint.HEAD: Head(("a", "b"), SINGLE, seed=3).identity()}
+    state = {"world_size": 1, "zero_stage": 2, "identity": identity, "loader": {"step_in_epoch": 0}}
+    checkpoint.compare(Path("step-000020"), state, json.loads(json.dumps(identity)), 1, 2)
+    now = {checkpoint.HEAD: Head(("b", "狐狸"), SINGLE, seed=3).identity()}
+    with pytest.raises(UserError, match=r"a head of labels \[a,b\], and this run's is of labels \[b,狐狸\]"):
+        checkpoint.compare(Path("step-000020"), state, now, 1, 2)
 
 
 def test_the_same_data_under_another_name_are_the_same():
