@@ -13,6 +13,7 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.errors import UserError
 from dsft.metrics import Metric, mean
 from dsft.model.kind import MASKED
+from dsft.tasks import texts
 from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
@@ -24,13 +25,12 @@ MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the tokens that are predicted: the share that the mask token stands for, and that another token stands for. The
 rest stay as they are."""
 
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+HAN = re.compile(f"{texts.HAN}+")
 WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 """A run of letters and digits, or any other character that is no space."""
 
 
 NO_TEXT = "no tokens but special ones"
-NO_WEIGHT = "weight 0"
 
 
 def encode(record: Conversation, context: Context) -> list[Example | Dropped] | Dropped:
@@ -43,7 +43,7 @@ def encode(record: Conversation, context: Context) -> list[Example | Dropped] | 
     if tokenizer.mask_token_id is None:
         raise UserError("task=masked_lm needs a tokenizer with a mask token, and that of model.path has none.")
     if not record.weight:
-        return Dropped(NO_WEIGHT)
+        return Dropped(texts.NO_WEIGHT)
     encoding = tokenizer(
         written, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False, verbose=False
     )

@@ -22,6 +22,7 @@ from dsft.model.head import SINGLE, Head
 from dsft.model.kind import TOKEN
 from dsft.tasks import labels as naming
 from dsft.tasks import media, texts, weights
+from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
 from dsft.tasks.task import Context, Outcome, Task, View, text_of
@@ -29,10 +30,10 @@ from dsft.tasks.windows import windows
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
 
 NO_WORD = "no word of which a token is left"
-WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+|[^\w\s]|_")
+WORD = re.compile(rf"{texts.HAN}|[^\W_]+|[^\w\s]|_")
 """A word of a text: a Chinese character, a run of letters and digits, or any other character that is no space."""
 
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]$")
+HAN = re.compile(texts.HAN)
 WITHOUT_TOKEN = "with words that the tokenizer leaves nothing of, which are not learnt"
 SHARED = "with words in one token with the word before, which are not learnt"
 
@@ -76,7 +77,7 @@ def _from_tokens(words: str, tags: str, fields: Fields, origin: str) -> Tagged:
     for number, value in enumerate(fields[words]):
         word = text_of(value, f"{words}[{number}]", empty=False)
         # Chinese is written without spaces
-        apart = text and not (HAN.search(text) and HAN.match(word))
+        apart = text and not (HAN.match(text[-1]) and HAN.match(word))
         begin = len(text) + bool(apart)
         text += f" {word}" if apart else word
         spans.append((begin, len(text)))
@@ -158,7 +159,7 @@ def encode(record: Tagged, context: Context) -> list[Example | Dropped] | Droppe
     room = data.max_length - len(before) - len(after)
     count = body.stop - body.start
     if count > room and data.on_overflow is OnOverflow.drop:
-        return Dropped(texts.TOO_LONG)
+        return Dropped(TOO_LONG)
     _check_room(record, context, count, room)
     made: list[Example | Dropped] = []
     for begin, end, first, last in windows(count, room, context.task.overlap):

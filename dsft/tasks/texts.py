@@ -12,11 +12,14 @@ from dsft.config.schema import OnOverflow
 from dsft.data.sources import Fields
 from dsft.errors import UserError
 from dsft.tasks import media, weights
+from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.task import Context, text_of
 from dsft.types import Dropped, Record
 
 NO_WEIGHT = "weight 0"
-TOO_LONG = "longer than data.max_length (data.on_overflow=drop)"
+
+HAN = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+"""A Chinese character, as a regular expression."""
 
 PAIRS = (
     ("sentence1", "sentence2"),

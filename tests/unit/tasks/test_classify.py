@@ -22,7 +22,7 @@ from dsft.model import head as heads
 from dsft.model.head import SINGLE, Head
 from dsft.model.kind import SEQUENCE
 from dsft.model.load import ModelSource, load_model
-from dsft.tasks import TASKS, classify, encode, labels, texts
+from dsft.tasks import TASKS, classify, encode, fit, labels
 from dsft.tasks.collate import Collator
 from dsft.tasks.task import View, read
 
@@ -99,7 +99,7 @@ def test_what_is_too_long_is_cut_dropped_or_refused():
     # of a pair the longer text gives way
     assert tiny.ENCODER_TOKENIZER.decode(cut.ids).endswith("月亮[SEP]")
     dropped = encoded(row, data=DataConfig(max_length=20, on_overflow=OnOverflow.drop))
-    assert dropped.reason == texts.TOO_LONG
+    assert dropped.reason == fit.TOO_LONG
     for how in (OnOverflow.error, OnOverflow.split):
         with pytest.raises(UserError, match="data.on_overflow|data.max_length is 20"):
             encoded(row, data=DataConfig(max_length=20, on_overflow=how))

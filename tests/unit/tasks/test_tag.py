@@ -59,6 +59,10 @@ def test_what_is_no_tagged_text_is_refused_by_its_field(fields, problem):
         record(**fields)
 
 
+def test_chinese_words_are_joined_without_spaces_however_long_they_are():
+    assert record(tokens=["在", "山上", "看", "moon", "月亮"], tags=["O"] * 5).text == "在山上看 moon 月亮"
+
+
 def test_spans_of_characters_become_tags_of_words_cut_at_their_ends():
     text = "Saw 月亮山 at Lake-side!"
     begin = text.index("Lake")
