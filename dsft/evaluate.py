@@ -109,7 +109,7 @@ class Evaluator:
         if task.kind.by_document:
             order = np.argsort(np.concatenate([part[0] for part in parts]))
             rows = {name: values[order] for name, values in rows.items()}
-        found, self.about = task.judge(rows, context)
+        found, self.about = task.judge(rows, context, self._dataset)
         return found
 
     def answers(self, engine: Engine) -> tuple[list[dict[str, str]], list[str]]:

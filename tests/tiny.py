@@ -14,6 +14,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     LlamaConfig,
@@ -244,7 +245,9 @@ def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: i
     context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
     if TASKS[name].kind.headed:
         numbers = Labels(("a", "b"), scale=(17.0, 0.008), shift=(120.0, -0.01))
-        named = {"regress": numbers, "tag": Labels(TAGS)}.get(name, Labels(LABELS, LABEL_WEIGHTS))
+        named = {"regress": numbers, "tag": Labels(TAGS), "extract": Labels(ENDS)}.get(
+            name, Labels(LABELS, LABEL_WEIGHTS)
+        )
         context = replace(context, labels=named)
     return Collator(TASKS[name], context, padded)
 
@@ -310,6 +313,38 @@ def tagged_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[
     return made[:count]
 
 
+ENDS = ("start", "end")
+"""Outputs of a model that extracts answers."""
+
+
+def asked_rows(count: int, seed: int = 0, longest: int = 30) -> list[dict]:
+    """Questions about texts in English and Chinese, one in four without an answer, some with weights."""
+    random = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for number, text in enumerate(texts(count, seed, longest)):
+        words = text.split()
+        begin = int(random.integers(len(words)))
+        answer = " ".join(words[begin : begin + int(random.integers(1, 4))])
+        start = len(" ".join([*words[:begin], ""]))
+        answers = [] if number % 4 == 3 else [{"text": answer, "answer_start": start}]
+        if number % 5 == 1 and answers:
+            answers.append({"text": words[0], "answer_start": 0})
+        rows.append({"question": f"where is {words[begin]} ?", "context": text, "answers": answers})
+        if number % 3 == 0:
+            rows[-1]["weight"] = float(random.choice([0.3, 2.0]))
+    return rows
+
+
+def asked_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
+    """What the extraction of answers makes of `asked_rows`, of which some take several windows of 32 tokens."""
+    context = replace(collator("extract", tokens=tokens, overlap=8, **settings).context, data=DataConfig(max_length=32))
+    made: list[Example] = []
+    for number, row in enumerate(asked_rows(count, seed)):
+        parts = encode(Raw(row, f"row {number}"), TASKS["extract"], context)
+        made += [replace(part, record=number) for part in parts if isinstance(part, Example)]
+    return made[:count]
+
+
 def rated_rows(count: int, seed: int = 0) -> list[dict]:
     """Texts and pairs with two numbers of other sizes that their words tell, some with weights."""
     rows = labelled_rows(count, seed)
@@ -337,7 +372,8 @@ def classifier(family: str, attention: str = "eager", seed: int = 0, names=LABEL
     config = body(family, attention, seed, **changes).config
     config.id2label, config.label2id = dict(enumerate(names)), {name: n for n, name in enumerate(names)}
     torch.manual_seed(seed)
-    auto = AutoModelForTokenClassification if names is TAGS else AutoModelForSequenceClassification
+    autos = {TAGS: AutoModelForTokenClassification, ENDS: AutoModelForQuestionAnswering}
+    auto = autos.get(names, AutoModelForSequenceClassification)
     model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

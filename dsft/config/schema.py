@@ -336,8 +336,14 @@ class TaskConfig:
     label_smoothing: float = setting(0.0, range=BELOW_1, of_some_tasks=True)
     """Share of the target that is spread over all labels in the loss of training (arXiv:1512.00567)."""
     overlap: int = setting(64, range=NOT_NEGATIVE, of_some_tasks=True)
-    """Tokens that neighbouring windows of a text longer than `data.max_length` have in common; each word is learnt and
-    answered in the one where it stands farthest from a cut."""
+    """Tokens that neighbouring windows of a text longer than `data.max_length` have in common. A word's tag is learnt
+    and told in the one where it stands farthest from a cut; beside a long question windows overlap by half of their
+    room at most."""
+    max_answer_tokens: int = setting(30, range=AT_LEAST_1, of_some_tasks=True)
+    """Tokens of the longest answer that an evaluation takes out of a text."""
+    no_answer_threshold: float | None = setting(None, of_some_tasks=True)
+    """By how much the logits of no answer have to exceed those of the best answer so that a question is said to have
+    none; null is 0 where training records have questions without an answer, else none is said to have none."""
     regression_loss: RegressionLoss = setting(RegressionLoss.mse, of_some_tasks=True)
     """Of an error in standard deviations: its square, its size, or Huber's of both."""
     huber_delta: float = setting(

@@ -35,6 +35,7 @@ from dsft.data import (
     json_text,
     prompting,
     pydoc,
+    questions,
     raw,
     sources,
     splits,
@@ -230,7 +231,7 @@ def code_version(modules: Iterable[str]) -> str:
 
 @cache
 def _own_version() -> str:
-    readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow, conll)
+    readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow, conll, questions)
     modules = (*readers, prompting, choice, splits, card, pydoc, blocks, entries)
     return code_version([__file__, *(str(module.__file__) for module in modules)])
 

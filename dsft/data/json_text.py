@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsft.data import questions
 from dsft.data.json_decoder import TOO_DEEP, Decoder
 from dsft.data.json_stream import Broken, Text, Value
 from dsft.data.raw import MAX_NAMED, BadRecord, Raw, Reading
@@ -37,7 +38,10 @@ def records(path: Path, reading: Reading) -> Iterator[Raw | BadRecord]:
     """
     for one in values(path, reading):
         origin = f"{path}:{one.line}"
-        yield BadRecord(origin, one.problem) if one.problem else Raw(one.value, origin)
+        if one.problem or not isinstance(one.value, dict):
+            yield BadRecord(origin, one.problem) if one.problem else Raw(one.value, origin)
+        else:
+            yield from questions.unnested(Raw(one.value, origin))
 
 
 def values(path: Path, reading: Reading) -> Iterator[Value]:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -16,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -102,3 +105,19 @@ TOKEN = Kind(
     encoder=None,
     headed=True,
 )
+ANSWERS = Kind(
+    auto=AutoModelForQuestionAnswering,
+    families=MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    noun="a model with a head for the ends of an answer",
+    such_as="a BERT, RoBERTa or ModernBERT",
+    adapters="QUESTION_ANS",
+    encoder=True,
+    headed=True,
+)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """A model's logits; those of a kind that gives the two ends of an answer side by side, (rows, tokens, 2)."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits

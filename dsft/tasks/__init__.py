@@ -1,6 +1,6 @@
 """Every kind of fine-tuning, by the name that `task=NAME` gives it."""
 
-from dsft.tasks import causal_lm, classify, masked_lm, regress, tag
+from dsft.tasks import causal_lm, classify, extract, masked_lm, regress, tag
 from dsft.tasks.task import Task, encode
 
 __all__ = ["TASKS", "Task", "encode", "settings_by_task"]
@@ -11,6 +11,7 @@ TASKS: dict[str, Task] = {
     "classify": classify.TASK,
     "regress": regress.TASK,
     "tag": tag.TASK,
+    "extract": extract.TASK,
 }
 
 

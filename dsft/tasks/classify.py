@@ -21,7 +21,7 @@ from dsft.tasks import labels as naming
 from dsft.tasks import texts
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Outcome, Task, View
+from dsft.tasks.task import Context, Examples, Outcome, Task, View
 from dsft.types import Batch, Dropped, Example
 
 SHOWN = 100
@@ -162,7 +162,7 @@ def _several(
     return each.mean(-1)
 
 
-def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, float], dict[str, Any]]:
+def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation, and what is shown beside them: each label's, and which were taken for which."""
     logits, targets, counts = rows["logits"], rows["targets"], rows["counts"]
     names, about = context.labels.names, dict[str, Any]()

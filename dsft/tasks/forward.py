@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dsft.config.schema import Attention
 from dsft.model.attention import Documents
 from dsft.model.head import POOLING
+from dsft.model.kind import logits_of
 from dsft.model.layout import first_position
 from dsft.model.noise import Noise
 from dsft.tasks.nll import Asked, Nll, nll_of_logits, plain_head
@@ -74,7 +75,7 @@ class Forward:
         (documents, labels)."""
         if self.by_document:
             return self._document_logits(batch)
-        return self.model(**self.inputs(batch)).logits.flatten(0, 1)
+        return logits_of(self.model(**self.inputs(batch))).flatten(0, 1)
 
     def _document_logits(self, batch: Batch) -> torch.Tensor:
         inputs = self.inputs(batch)

@@ -23,7 +23,7 @@ from dsft.model.kind import SEQUENCE
 from dsft.tasks import texts
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Outcome, Task, View
+from dsft.tasks.task import Context, Examples, Outcome, Task, View
 from dsft.types import Batch, Dropped, Example
 
 COLUMN = "numbers"
@@ -158,7 +158,7 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     return Outcome((each.mean(-1) * counts).sum(dtype=torch.float64), rows=rows)
 
 
-def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, float], dict[str, Any]]:
+def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation, in the targets' own unit, and those of each number by its name."""
     predictions, targets, counts = rows["logits"], rows["targets"], rows["counts"]
     each = {

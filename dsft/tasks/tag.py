@@ -25,7 +25,7 @@ from dsft.tasks import media, texts, weights
 from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Outcome, Task, View, text_of
+from dsft.tasks.task import Context, Examples, Outcome, Task, View, text_of
 from dsft.tasks.windows import windows
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
 
@@ -246,7 +246,7 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     return Outcome(each.sum(dtype=torch.float64), rows=rows)
 
 
-def judge(rows: dict[str, np.ndarray], context: Context) -> tuple[dict[str, float], dict[str, Any]]:
+def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation: entities strictly, by type and both ends, or plain tags; windows of a record are
     joined. Sequences that are not legal are read by the rule of `metrics.entities`."""
     order = np.lexsort((rows["word"], rows["record"]))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -103,6 +103,18 @@ class Sampling:
     stop_tokens: list[int]
 
 
+class Examples(Protocol):
+    """Those of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Example: ...
+
+
+Judge = Callable[[dict[str, np.ndarray], Context, Examples], tuple[dict[str, float], dict[str, Any]]]
+"""What `Task.judge` is."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of fine-tuning. All of its functions are plain: what they return depends on their arguments alone.
@@ -126,8 +138,8 @@ class Task:
         settle: (context, data, names of the outputs of the model's own head) -> the context with what only all records
             together tell, such as which labels there are. None if there is nothing of the kind.
         head: (context) -> the head that the model gets; of `kind.headed` alone.
-        judge: (rows of an evaluation, those of documents in the order of examples, context) -> the quantities that its
-            metrics are formed from, and what is to be shown beside them, in JSON types.
+        judge: (rows of an evaluation, those of documents in the order of examples, context, the examples) -> the
+            quantities that its metrics are formed from, and what is to be shown beside them, in JSON types.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
@@ -144,7 +156,7 @@ class Task:
     encoded: frozenset[str] = frozenset()
     settle: Callable[[Context, Prepared, list[str]], Context] | None = None
     head: Callable[[Context], Head] | None = None
-    judge: Callable[[dict[str, np.ndarray], Context], tuple[dict[str, float], dict[str, Any]]] | None = None
+    judge: Judge | None = None
     views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 

@@ -51,6 +51,8 @@ def examples_of(task: str, count: int, vocabulary: int = 400, weighed: bool = Fa
         return Examples(tiny.weighed_examples(count))
     if task == "tag":
         return Examples(tiny.tagged_examples(count))
+    if task == "extract":
+        return Examples(tiny.asked_examples(count))
     if task == "regress":
         return Examples(tiny.rated_examples(count))
     if task == "classify":

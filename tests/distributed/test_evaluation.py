@@ -165,6 +165,47 @@ def test_fewer_examples_than_ranks(pools, model_dir):
         assert found["eval/examples"] == 1
 
 
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "padded"), pairwise.cases((1, 2), (1, 7, None), (False, True)))
+def test_answers_in_texts_for_any_batch_size_and_world(pools, tmp_path_factory, ranks, micro_batch_size, padded):
+    """23 windows of questions, against a loop over single windows that tries every span."""
+    directory = str(tmp_path_factory.mktemp("asked"))
+    model = tiny.classifier("bert", names=tiny.ENDS, vocab_size=400)
+    model.save_pretrained(directory)
+    examples, rows = tiny.asked_examples(EXAMPLES), tiny.asked_rows(EXAMPLES)
+    loss, best, nothing = 0.0, {}, {}
+    for example in examples:
+        columns = example.columns
+        ids = {"input_ids": torch.from_numpy(example.ids.astype(np.int64))[None]}
+        ids["token_type_ids"] = torch.from_numpy(columns["token_types"].astype(np.int64))[None]
+        start, end = torch.from_numpy(columns["target"].astype(np.int64))[:, None]
+        with torch.no_grad():
+            out = model(**ids, start_positions=start, end_positions=end)
+        loss += float(out.loss) * example.weight
+        here = np.flatnonzero(columns["begins"] >= 0)
+        for b in here:
+            for e in here[(here >= b) & (here < b + 5)]:
+                score = float(out.start_logits[0, b] + out.end_logits[0, e])
+                text = rows[example.record]["context"][columns["begins"][b] : columns["ends"][e]].strip()
+                best[example.record] = max(best.get(example.record, (-np.inf, "")), (score, text))
+        none = float(out.start_logits[0, 0] + out.end_logits[0, 0])
+        nothing[example.record] = min(nothing.get(example.record, np.inf), none)
+    threshold = float(np.median([nothing[record] - best[record][0] for record in best]))
+    exact = counts = 0.0
+    for record, (score, text) in best.items():
+        right = [answer["text"] for answer in rows[record]["answers"]]
+        said = "" if nothing[record] - score > threshold else text
+        exact += rows[record].get("weight", 1.0) * (said in right if right else not said)
+        counts += rows[record].get("weight", 1.0)
+    assert 0 < exact < counts
+    settings = {"max_answer_tokens": 5, "no_answer_threshold": threshold}
+    options = {"micro_batch_size": micro_batch_size, "examples": EXAMPLES, "task": "extract", "padded": padded}
+    for found in pools(ranks).run(cases.evaluate, model_dir=directory, settings=settings, **options):
+        assert found["eval/windows"] == pytest.approx(sum(example.weight for example in examples))
+        assert found["eval/loss"] == pytest.approx(loss / found["eval/windows"], rel=1e-6)
+        assert found["eval/questions"] == pytest.approx(counts)
+        assert found["eval/exact"] == pytest.approx(exact / counts, abs=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_answers_are_those_of_transformers(pools, model_dir, stage):
     """Greedy answers under ZeRO-3 equal a plain generate (LLaMA-Factory#5629)."""

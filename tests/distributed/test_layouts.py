@@ -22,6 +22,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -74,6 +75,8 @@ WAYS = {
     "regress llama": Way("Numbers, Huber's loss: Llama, padded", "llama", "padded", "regress", {}, HUBER),
     "tag bert": Way("Tags: BERT with dropout, flat rows", "bert", "bfd", "tag", DROPOUT),
     "tag llama": Way("Tags: Llama, padded", "llama", "padded", "tag"),
+    "extract bert": Way("Answers: BERT with dropout, flat rows", "bert", "bfd", "extract", DROPOUT),
+    "extract modernbert": Way("Answers: ModernBERT, padded", "modernbert", "padded", "extract", MODERN),
     "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
 }
 RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
@@ -87,7 +90,7 @@ def model_dirs(tmp_path_factory):
     for name, way in WAYS.items():
         made[name] = str(tmp_path_factory.mktemp(way.family))
         make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal}.get(way.task, tiny.classifier)
-        names = {"regress": ("a", "b"), "tag": tiny.TAGS}.get(way.task)
+        names = {"regress": ("a", "b"), "tag": tiny.TAGS, "extract": tiny.ENDS}.get(way.task)
         make = partial(make, names=names) if names else make
         make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
     return made
@@ -132,6 +135,8 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    if way.task == "extract":
+        return asked_loss(model, way, example, ids)
     if way.task == "tag":
         return tagged_loss(model, example, ids)
     if way.task == "regress":
@@ -164,6 +169,14 @@ def tagged_loss(model, example, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") * example.weight / len(at)
 
 
+def asked_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of one window, as transformers itself forms it, times what its record counts."""
+    typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
+    start, end = torch.from_numpy(example.columns["target"].astype(np.int64))
+    given = {"start_positions": start[None], "end_positions": end[None]}
+    return model(input_ids=ids, **given, **(typed if way.family == "bert" else {})).loss * example.weight
+
+
 def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     """The loss of one text's two numbers, by its formula: in standard deviations, squared or Huber's."""
     typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
@@ -179,7 +192,7 @@ def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
 
 def plain_loop(model_dir: str, way: Way):
     autos = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
-    autos["tag"] = AutoModelForTokenClassification
+    autos |= {"tag": AutoModelForTokenClassification, "extract": AutoModelForQuestionAnswering}
     auto = autos.get(way.task, AutoModelForSequenceClassification)
     model = auto.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     noise = Noise(model, cases.NOISE_SEED)

@@ -1,0 +1,385 @@
+"""Answers to questions as parts of a text: where they begin and end, or that there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from dsft.config.schema import OnOverflow, TaskConfig
+from dsft.data.dataset import Prepared
+from dsft.data.sources import Fields
+from dsft.errors import UserError
+from dsft.metrics import Metric, answers, judged, mean
+from dsft.model.head import SINGLE, Head
+from dsft.model.kind import ANSWERS
+from dsft.tasks import media, texts, weights
+from dsft.tasks.fit import TOO_LONG
+from dsft.tasks.forward import Forward
+from dsft.tasks.labels import Labels
+from dsft.tasks.task import Context, Examples, Outcome, Task, View, text_of
+from dsft.tasks.windows import windows
+from dsft.types import Batch, Dropped, Example, Record
+
+NO_ROOM = "questions that leave no room for the text in data.max_length"
+NO_TOKEN = "answers that the tokenizer leaves nothing of"
+MOVED = "answers that are not where `answer_start` says, which were looked for nearby"
+
+WITH_ANSWER, WITHOUT_ANSWER = "with an answer", "without an answer"
+"""What a question is counted as, where other tasks have labels."""
+
+
+@dataclass(kw_only=True)
+class Question(Record):
+    """A question about a text.
+
+    Attributes:
+        question: The question.
+        context: The text.
+        answers: All that count as right, none of a question without an answer.
+        span: Characters (begin, end) of the first of them in the text; None if there is none.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    span: tuple[int, int] | None
+
+    def texts(self) -> dict[str, str]:
+        return {"question": self.question, "context": self.context}
+
+    def protected_spans(self) -> dict[str, list[tuple[int, int]]]:
+        return {"context": [self.span]} if self.span else {}
+
+    def with_texts(self, texts: Mapping[str, str]) -> Question:
+        return replace(self, question=texts.get("question", self.question))
+
+
+def _question(name: str, fields: Fields, origin: str) -> Question:
+    """The record that a row holds; `name` is the field with the answers.
+
+    Raises:
+        ValueError: A text is missing or empty, or the answer is no part of the text; the message names the field.
+    """
+    media.refuse_fields(fields)
+    question, context = (text_of(fields[one], one, empty=False) for one in ("question", "context"))
+    media.refuse_placeholders(question, "question")
+    media.refuse_placeholders(context, "context")
+    given = _answers(fields[name], name, fields.get("answer_start"))
+    impossible = fields.get("is_impossible")
+    if not isinstance(impossible, bool | None):
+        raise ValueError(f"field `is_impossible` is true or false, but this is {impossible!r:.40}")
+    if impossible and given:
+        raise ValueError(f"field `is_impossible` is true, and `{name}` has an answer")
+    if impossible is False and not given:
+        raise ValueError(f"field `is_impossible` is false, and `{name}` has no answer")
+    record = Question(
+        question=question,
+        context=context,
+        answers=tuple(dict.fromkeys(text for text, _ in given)),
+        span=None,
+        weight=weights.of_record(fields),
+        origin=origin,
+    )
+    if given:
+        record.span, moved = _found(*given[0], context, name)
+        record.notes |= {MOVED} if moved else set()
+    return record
+
+
+def _answers(value: Any, field: str, start: Any) -> list[tuple[str, int | None]]:
+    """Answers and where they begin, of any of the forms in which they come: a text, a list of texts or of objects with
+    `text` and `answer_start`, or an object with a list of each."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list | tuple):
+        starts = value.get("answer_start")
+        starts = [None] * len(value["text"]) if starts is None else starts
+        if not isinstance(starts, list | tuple) or len(starts) != len(value["text"]):
+            raise ValueError(f"field `{field}` has {len(value['text'])} texts, and not as many in `answer_start`")
+        value = [{"text": text, "answer_start": one} for text, one in zip(value["text"], starts)]
+    elif isinstance(value, str):
+        value = [{"text": value, "answer_start": start}] if value.strip() else []
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"field `{field}` is a text, a list or an object, but this is {type(value).__name__}")
+    found = []
+    for number, one in enumerate({"text": one} if isinstance(one, str) else one for one in value):
+        if not isinstance(one, dict) or not isinstance(one.get("text"), str) or not one["text"].strip():
+            raise ValueError(f"field `{field}[{number}]` has no `text` with an answer")
+        begin = one.get("answer_start")
+        if isinstance(begin, bool) or not isinstance(begin, int | None):
+            raise ValueError(f"field `{field}[{number}].answer_start` is a number of characters, not {begin!r:.40}")
+        found.append((one["text"], begin))
+    return found
+
+
+def _found(text: str, begin: int | None, context: str, field: str) -> tuple[tuple[int, int], bool]:
+    """Characters of an answer in its text, and whether they are not where they are said to be.
+
+    Raises:
+        ValueError: It is nowhere.
+    """
+    if begin is not None and begin >= 0 and context.startswith(text, begin):
+        return (begin, begin + len(text)), False
+    text = text.strip()
+    places = [at for at in range(len(context) - len(text) + 1) if context.startswith(text, at)]
+    if not places:
+        raise ValueError(f"field `{field}`: the answer {text!r:.40} is no part of `context`")
+    near = min(places, key=lambda at: abs(at - (begin or 0)))
+    return (near, near + len(text)), begin is not None and begin >= 0
+
+
+SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Question]] = {
+    ("question", "context", name): partial(_question, name) for name in ("answers", "answer")
+}
+
+
+def encode(record: Question, context: Context) -> list[Example | Dropped] | Dropped:
+    """Question and text as the tokenizer frames a pair, in overlapping windows of the text where it is too long.
+
+    A window learns where the answer is if it holds all of it, else that it is not there, which is its first token.
+
+    Raises:
+        UserError: It is too long, and that is an error or it is to be cut off; or the tokenizer has no class token.
+    """
+    tokenizer, data = context.tokenizer, context.data
+    if tokenizer.cls_token_id is None:
+        raise UserError(
+            "task=extract: where a text has no answer, the tokenizer's class token is learnt, and that of model.path "
+            "has none: use an encoder, such as a BERT."
+        )
+    if data.on_overflow is OnOverflow.truncate:
+        raise UserError(
+            "data.on_overflow=truncate with task=extract would cut answers off. Leave it out, for windows; or choose "
+            "drop or error."
+        )
+    if not record.weight:
+        return Dropped(texts.NO_WEIGHT)
+    encoding = tokenizer(record.question, record.context, return_offsets_mapping=True, truncation=False, verbose=False)
+    (inside,) = np.nonzero(np.array([part == 1 for part in encoding.sequence_ids()]))
+    if not len(inside):
+        return Dropped(NO_TOKEN)
+    first, last = int(inside[0]), int(inside[-1]) + 1
+    length, room = len(encoding["input_ids"]), data.max_length - (len(encoding["input_ids"]) - (last - first))
+    if room < 1:
+        return Dropped(NO_ROOM)
+    if length > data.max_length and data.on_overflow is OnOverflow.drop:
+        return Dropped(TOO_LONG)
+    if length > data.max_length and data.on_overflow is OnOverflow.error:
+        raise UserError(
+            f"{record.origin}: {length} tokens, but data.max_length is {data.max_length}: raise it, or leave "
+            "data.on_overflow out, for windows"
+        )
+    span = _token_span(encoding["offset_mapping"][first:last], record)
+    if record.span and span is None:
+        return Dropped(NO_TOKEN)
+    made: list[Example | Dropped] = []
+    for begin, end, *_ in windows(last - first, room, min(context.task.overlap, room // 2)):
+        kept = np.r_[0:first, first + begin : first + end, last:length]
+        columns = _columns(encoding, kept, slice(first, first + end - begin))
+        whole = span is not None and begin <= span[0] and span[1] < end
+        target = np.array(span, np.int32) - begin + first if whole else np.zeros(2)
+        columns["target"] = target.astype(np.int32)
+        # what an evaluation needs of the question as a whole stands in its first window
+        columns["context"] = _bytes("" if made else record.context)
+        columns["answers"] = _bytes("" if made else json.dumps(record.answers, ensure_ascii=False))
+        labels = () if made else (WITH_ANSWER if record.answers else WITHOUT_ANSWER,)
+        made.append(Example(columns, len(kept), record.weight, labels=labels))
+    return made
+
+
+def _columns(encoding: Any, kept: np.ndarray, inside: slice) -> dict[str, np.ndarray]:
+    """Columns of some of a pair's tokens: `ids`, `token_types` where the tokenizer gives any, and the characters of the
+    text that each is, `begins` and `ends`; -1 for those that are not `inside` of it."""
+    columns = {"ids": np.array(encoding["input_ids"], np.int32)[kept]}
+    if "token_type_ids" in encoding:
+        columns["token_types"] = np.array(encoding["token_type_ids"], np.int8)[kept]
+    offsets = np.array(encoding["offset_mapping"], np.int32)[kept]
+    for name, side in (("begins", 0), ("ends", 1)):
+        columns[name] = np.full(len(kept), -1, np.int32)
+        columns[name][inside] = offsets[inside, side]
+    return columns
+
+
+def _token_span(offsets: list[tuple[int, int]], record: Question) -> tuple[int, int] | None:
+    """The first and the last token of the answer, counted from the text's first; None if there is none."""
+    if record.span is None:
+        return None
+    begin, end = record.span
+    inside = [n for n, (b, e) in enumerate(offsets) if b < end and e > begin and b < e]
+    return (inside[0], inside[-1]) if inside else None
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def settle(context: Context, data: Prepared, own: list[str]) -> Context:
+    """The context with the names of the two outputs, and how a question is said to have no answer where that is left
+    to the data."""
+    labels = Labels(tuple(own) if len(own) == 2 else ("start", "end"))
+    threshold = context.task.no_answer_threshold
+    if threshold is None and WITHOUT_ANSWER in next(iter(data.labels.values())):
+        threshold = 0.0
+    return replace(context, labels=labels, task=replace(context.task, no_answer_threshold=threshold))
+
+
+def head(context: Context) -> Head:
+    """The head that a model gets."""
+    return Head(context.labels.names, SINGLE, context.seed, context.task.head_init)
+
+
+def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarray]:
+    """Ids, which tokens are of the text, and where the answer begins and ends among all of them."""
+    made: dict[str, Any] = texts.inputs(example.columns)
+    made["of_context"] = (example.columns["begins"] >= 0).astype(np.int64)
+    made["document_target"] = example.columns["target"].astype(np.int64)
+    made["document_weight"] = np.float32(example.weight)
+    return made | {"document_number": np.int64(example.number)}
+
+
+def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
+    """Summed over windows, times what each counts: the mean of the cross entropies of begin and end, in nats, each over
+    all of the window's tokens."""
+    logits, tensors = forward.logits(batch).float(), batch.tensors
+    if "document_target" not in tensors:
+        return Outcome(logits.sum(dtype=torch.float64) * 0)
+    rows = _by_window(logits, batch, -torch.inf)
+    target, counts = tensors["document_target"], tensors["document_weight"]
+    each = -rows.log_softmax(1).gather(1, target[:, None])[:, 0].mean(-1)
+    total = (each * counts).sum(dtype=torch.float64)
+    if forward.model.training:
+        return Outcome(total)
+    found = _best_spans(rows.detach(), _by_window(tensors["of_context"].flatten(), batch, 0), settings)
+    return Outcome(total, rows=found | {"number": tensors["document_number"]})
+
+
+def _by_window(values: torch.Tensor, batch: Batch, filling: float) -> torch.Tensor:
+    """Values of every position of the layout as a row for each document: (documents, tokens of the longest, ...)."""
+    if not batch.padded:
+        return pad_sequence(list(values.split(batch.lengths)), batch_first=True, padding_value=filling)
+    rows = values.unflatten(0, (len(batch.lengths), -1))
+    real = torch.arange(rows.shape[1], device=rows.device) < batch.tensors["lengths"][:, None]
+    return rows.masked_fill(~real.view(*real.shape, *[1] * (rows.dim() - 2)), filling)
+
+
+def _best_spans(rows: torch.Tensor, inside: torch.Tensor, settings: TaskConfig) -> dict[str, torch.Tensor]:
+    """Of each window the best span of the text, of equally good ones the shortest and first: its first and last token,
+    the sum of their logits, and that of no answer."""
+    kept = rows.masked_fill(inside[..., None] == 0, -torch.inf)
+    start, end = kept.unbind(-1)
+    scores = torch.full((len(rows),), -torch.inf, device=rows.device)
+    begins, ends = torch.zeros_like(scores, dtype=torch.int64), torch.zeros_like(scores, dtype=torch.int64)
+    for further in range(min(settings.max_answer_tokens, rows.shape[1])):
+        sums = start[:, : rows.shape[1] - further] + end[:, further:]
+        here, at = sums.max(1)
+        better = here > scores
+        scores = torch.where(better, here, scores)
+        begins, ends = torch.where(better, at, begins), torch.where(better, at + further, ends)
+    return {"score": scores, "begin": begins, "end": ends, "nothing": rows[:, 0].sum(-1)}
+
+
+def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of an evaluation: a question's answer is the best span of all its windows, or none where the least
+    score of none exceeds that by more than the threshold."""
+    order = np.argsort(rows["number"])
+    rows = {name: values[order] for name, values in rows.items()}
+    threshold, found = context.task.no_answer_threshold, _Found()
+    for _, part in groupby(range(len(order)), key=lambda number: data[number].record):
+        found.add(rows, list(part), data, threshold)
+    return found.numbers(), found.about()
+
+
+class _Found:
+    """What has been answered."""
+
+    def __init__(self) -> None:
+        self._answered: list[answers.Score] = []
+        self._unanswered: list[answers.Score] = []
+        self._chosen: list[answers.Score] = []
+        self._margins: list[float] = []
+        self._counts: list[float] = []
+        self._empty: list[bool] = []
+
+    def add(self, rows: dict[str, np.ndarray], numbers: list[int], data: Examples, threshold: float | None) -> None:
+        """Judge a question by its windows."""
+        best = max(numbers, key=lambda number: rows["score"][number])
+        first, window = data[numbers[0]].columns, data[best].columns
+        text = first["context"].tobytes().decode()
+        said = text[window["begins"][rows["begin"][best]] : window["ends"][rows["end"][best]]].strip()
+        right = json.loads(first["answers"].tobytes().decode())
+        chinese = answers.is_chinese(text)
+        self._answered.append(answers.score(said, right, chinese))
+        self._unanswered.append(answers.score("", right, chinese))
+        self._margins.append(float(rows["nothing"][numbers].min() - rows["score"][best]))
+        nothing = threshold is not None and self._margins[-1] > threshold
+        self._chosen.append(self._unanswered[-1] if nothing else self._answered[-1])
+        self._counts.append(data[numbers[0]].weight)
+        self._empty.append(not right)
+
+    def numbers(self) -> dict[str, float]:
+        """The quantities of the metrics."""
+        counts, empty = np.array(self._counts), np.array(self._empty)
+        chosen = np.array(self._chosen)
+        found = {"questions": float(counts.sum())}
+        found |= dict(zip(("exact", "f1"), _means(chosen, counts)))
+        if empty.any():
+            found["no_answer_accuracy"] = _means(chosen[empty], counts[empty])[0]
+            if not empty.all():
+                found["f1_with_answer"] = _means(chosen[~empty], counts[~empty])[1]
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """The threshold that would have been best, where questions are without an answer."""
+        if not any(self._empty) or all(self._empty):
+            return {}
+        answered, unanswered, counts = (np.array(v) for v in (self._answered, self._unanswered, self._counts))
+        margins, gains = np.array(self._margins), (unanswered - answered)[:, 1] * counts
+        best = answers.no_answer_threshold(margins, gains)
+        scores = np.where((margins > best)[:, None], unanswered, answered)
+        exact, f1 = _means(scores, counts)
+        return {"best_no_answer_threshold": {"threshold": best, "exact": exact, "f1": f1}}
+
+
+def _means(scores: np.ndarray, counts: np.ndarray) -> list[float]:
+    return ((scores * counts[:, None]).sum(0) / counts.sum()).tolist()
+
+
+SHOWN: dict[str, Any] = {"bar": "{label} {value}", "headline": True}
+
+METRICS = {
+    "loss": Metric("nats per window", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
+    "exact": judged("share of questions answered word for word", "Exact match", "exact", **SHOWN),
+    "f1": judged(
+        "mean over questions", "Answer F1", "f1", meaning="by SQuAD's rules, of Chinese texts by CMRC's", **SHOWN
+    ),
+    "f1_with_answer": judged("mean over questions with an answer", "Answer F1, with an answer", "f1_with_answer"),
+    "no_answer_accuracy": judged(
+        "share of questions without an answer", "Accuracy, without an answer", "no_answer_accuracy"
+    ),
+    "questions": judged("weighted", "Questions", "questions", "{:,.0f}", better=None),
+}
+
+TASK = Task(
+    shapes=SHAPES,
+    encode=encode,
+    inputs=inputs,
+    loss=loss,
+    kind=ANSWERS,
+    metrics=METRICS,
+    target="windows",
+    encoded=frozenset({"overlap"}),
+    settle=settle,
+    head=head,
+    judge=judge,
+    settings=frozenset(
+        "model.allow_missing task.overlap task.max_answer_tokens task.no_answer_threshold task.head_init".split()
+    ),
+)
