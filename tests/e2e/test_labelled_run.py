@@ -10,7 +10,13 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 STEPS = ["train.max_steps=12", "train.log_every=2", "train.eval_every=5", "train.save_every=4", "train.seed=3"]
 
@@ -129,3 +135,38 @@ def test_tags_of_long_texts_in_columns(home, scratch):
     assert {"ANIMAL", "天体"} <= about["validation"]["labels"].keys()
     model = AutoModelForTokenClassification.from_pretrained(home / "tags/model").eval()
     assert sorted(model.config.label2id) == sorted(tiny.TAGS)
+
+
+def test_answers_to_questions_in_nested_articles(home, scratch):
+    """Windows, two ranks, adapters with their head; whole articles are held out."""
+    questions = [row | {"id": f"q{number}"} for number, row in enumerate(tiny.asked_rows(60, longest=50))]
+    articles = [
+        {"title": f"文章 {number}", "paragraphs": [{"context": row.pop("context"), "qas": [row]} for row in part]}
+        for number, part in enumerate(questions[begin : begin + 6] for begin in range(0, 60, 6))
+    ]
+    (home / "问题.json").write_text(json.dumps({"data": articles}, ensure_ascii=False), encoding="utf-8")
+    changed = ("task=", "data.", "task.", "train.")
+    given = [one for one in arguments(home, "answers") if not one.startswith(changed)]
+    given += ["task=extract", f"data.train={home / '问题.json'}", "data.validation_share=0.2", "data.max_length=24"]
+    given += ["data.group_by_field=title", f"data.cache_dir={home / 'cache'}", "task.overlap=8", "tuning=lora"]
+    given += ["train.epochs=3", "train.best_metric=eval/f1", "optim.lr=0.01", "deepspeed=zero3"]
+    result = helpers.train(given, scratch)
+    assert result.code == 0, result.err
+    last = [row for row in helpers.rows(home / "answers") if "eval/f1" in row][-1]
+    assert last["eval/questions"] == 12 and last["eval/windows"] > 12
+    assert {"eval/exact", "eval/f1_with_answer", "eval/no_answer_accuracy"} <= last.keys()
+    about = json.loads((home / "answers/evaluation.json").read_text(encoding="utf-8"))
+    assert about["validation"]["best_no_answer_threshold"]["f1"] >= last["eval/f1"] - 1e-9
+    alone = home / "answers" / "alone"
+    done = helpers.script(
+        ["launch/export.py", f"run_dir={home / 'answers'}", "merge=false", f"output={alone}"], scratch
+    )
+    assert done.code == 0, done.err
+    base = AutoModelForQuestionAnswering.from_pretrained(home / "model", config=AutoConfig.from_pretrained(alone))
+    adapted = PeftModel.from_pretrained(base, str(alone)).eval()
+    merged = AutoModelForQuestionAnswering.from_pretrained(home / "answers/model").eval()
+    tokens = tiny.ENCODER_TOKENIZER("在哪里 ？", "月亮 在山上", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = adapted(**tokens), merged(**tokens)
+    assert torch.allclose(ours.start_logits, theirs.start_logits, atol=1e-5)
+    assert torch.allclose(ours.end_logits, theirs.end_logits, atol=1e-5)
