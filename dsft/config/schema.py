@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
 
 from omegaconf import MISSING
@@ -153,6 +154,7 @@ AT_LEAST_2 = Range("at least 2", lambda value: value >= 2)
 NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
 POSITIVE = Range("more than 0", lambda value: value > 0)
 SHARE = Range("more than 0 and at most 1", lambda value: 0 < value <= 1)
+FINITE = Range("finite", isfinite)
 BELOW_1 = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
@@ -341,7 +343,7 @@ class TaskConfig:
     room at most."""
     max_answer_tokens: int = setting(30, range=AT_LEAST_1, of_some_tasks=True)
     """Tokens of the longest answer that an evaluation takes out of a text."""
-    no_answer_threshold: float | None = setting(None, of_some_tasks=True)
+    no_answer_threshold: float | None = setting(None, range=FINITE, of_some_tasks=True)
     """By how much the logits of no answer have to exceed those of the best answer so that a question is said to have
     none; null is 0 where training records have questions without an answer, else none is said to have none."""
     regression_loss: RegressionLoss = setting(RegressionLoss.mse, of_some_tasks=True)

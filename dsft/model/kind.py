@@ -110,7 +110,8 @@ ANSWERS = Kind(
     families=MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     noun="a model with a head for the ends of an answer",
     such_as="a BERT, RoBERTa or ModernBERT",
-    adapters="QUESTION_ANS",
+    # peft 0.21 has a class for questions that keeps the token types to itself (PeftModelForQuestionAnswering.forward)
+    adapters="FEATURE_EXTRACTION",
     encoder=True,
     headed=True,
 )

@@ -150,16 +150,7 @@ def encode(record: Question, context: Context) -> list[Example | Dropped] | Drop
         UserError: It is too long, and that is an error or it is to be cut off; or the tokenizer has no class token.
     """
     tokenizer, data = context.tokenizer, context.data
-    if tokenizer.cls_token_id is None:
-        raise UserError(
-            "task=extract: where a text has no answer, the tokenizer's class token is learnt, and that of model.path "
-            "has none: use an encoder, such as a BERT."
-        )
-    if data.on_overflow is OnOverflow.truncate:
-        raise UserError(
-            "data.on_overflow=truncate with task=extract would cut answers off. Leave it out, for windows; or choose "
-            "drop or error."
-        )
+    _check(context)
     if not record.weight:
         return Dropped(texts.NO_WEIGHT)
     encoding = tokenizer(record.question, record.context, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -180,19 +171,54 @@ def encode(record: Question, context: Context) -> list[Example | Dropped] | Drop
     span = _token_span(encoding["offset_mapping"][first:last], record)
     if record.span and span is None:
         return Dropped(NO_TOKEN)
-    made: list[Example | Dropped] = []
-    for begin, end, *_ in windows(last - first, room, min(context.task.overlap, room // 2)):
-        kept = np.r_[0:first, first + begin : first + end, last:length]
-        columns = _columns(encoding, kept, slice(first, first + end - begin))
-        whole = span is not None and begin <= span[0] and span[1] < end
-        target = np.array(span, np.int32) - begin + first if whole else np.zeros(2)
-        columns["target"] = target.astype(np.int32)
-        # what an evaluation needs of the question as a whole stands in its first window
-        columns["context"] = _bytes("" if made else record.context)
-        columns["answers"] = _bytes("" if made else json.dumps(record.answers, ensure_ascii=False))
-        labels = () if made else (WITH_ANSWER if record.answers else WITHOUT_ANSWER,)
-        made.append(Example(columns, len(kept), record.weight, labels=labels))
-    return made
+    return [
+        _window(record, encoding, (first, last), (begin, end), span)
+        for begin, end, *_ in windows(last - first, room, min(context.task.overlap, room // 2))
+    ]
+
+
+def _window(
+    record: Question,
+    encoding: Any,
+    text: tuple[int, int],
+    window: tuple[int, int],
+    span: tuple[int, int] | None,
+) -> Example:
+    """The example of a window.
+
+    Args:
+        record: The question.
+        encoding: Of question and text.
+        text: Which of its tokens are of the text.
+        window: Which of these are in the window, counted from the text's first; likewise `span`.
+        span: The first and the last token of the answer, if there is one.
+    """
+    (first, last), (begin, end) = text, window
+    kept = np.r_[0:first, first + begin : first + end, last : len(encoding["input_ids"])]
+    columns = _columns(encoding, kept, slice(first, first + end - begin))
+    target = (0, 0)
+    if span is not None and begin <= span[0] and span[1] < end:
+        target = span[0] - begin + first, span[1] - begin + first
+    columns["target"] = np.array(target, np.int32)
+    # what an evaluation needs of the question as a whole stands in its first window
+    columns["context"] = _bytes("" if begin else record.context)
+    columns["answers"] = _bytes("" if begin else json.dumps(record.answers, ensure_ascii=False))
+    labels = () if begin else (WITH_ANSWER if record.answers else WITHOUT_ANSWER,)
+    return Example(columns, len(kept), record.weight, labels=labels)
+
+
+def _check(context: Context) -> None:
+    """Refuse what no record could be encoded by."""
+    if context.tokenizer.cls_token_id is None:
+        raise UserError(
+            "task=extract: where a text has no answer, the tokenizer's class token is learnt, and that of model.path "
+            "has none: use an encoder, such as a BERT."
+        )
+    if context.data.on_overflow is OnOverflow.truncate:
+        raise UserError(
+            "data.on_overflow=truncate with task=extract would cut answers off. Leave it out, for windows; or choose "
+            "drop or error."
+        )
 
 
 def _columns(encoding: Any, kept: np.ndarray, inside: slice) -> dict[str, np.ndarray]:

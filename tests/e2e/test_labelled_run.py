@@ -139,7 +139,7 @@ def test_tags_of_long_texts_in_columns(home, scratch):
 
 def test_answers_to_questions_in_nested_articles(home, scratch):
     """Windows, two ranks, adapters with their head; whole articles are held out."""
-    questions = [row | {"id": f"q{number}"} for number, row in enumerate(tiny.asked_rows(60, longest=50))]
+    questions = [row | {"id": f"q{number}", "weight": 1} for number, row in enumerate(tiny.asked_rows(60, longest=50))]
     articles = [
         {"title": f"文章 {number}", "paragraphs": [{"context": row.pop("context"), "qas": [row]} for row in part]}
         for number, part in enumerate(questions[begin : begin + 6] for begin in range(0, 60, 6))

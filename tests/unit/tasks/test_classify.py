@@ -325,7 +325,7 @@ def test_the_numbers_of_an_evaluation_come_with_each_label_and_the_table():
         "targets": np.array([0, 1, 2]),
         "counts": np.ones(3),
     }
-    numbers, about = classify.judge(rows, context)
+    numbers, about = classify.judge(rows, context, [])
     assert numbers["accuracy"] == pytest.approx(2 / 3)
     assert about["confusion"] == {"labels": [*tiny.LABELS], "true_by_predicted": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}
     assert about["labels"]["狐狸"]["recall"] == 0 and about["labels"]["blue"]["precision"] == 0.5

@@ -103,5 +103,5 @@ def test_a_trained_head_goes_on_in_its_own_unit(tmp_path):
 def test_each_number_is_judged_too():
     context = SimpleNamespace(labels=SimpleNamespace(names=("a", "b")), task=TaskConfig())
     rows = {"logits": np.array([[1.0, 2], [3, 2]]), "targets": np.array([[1.0, 3], [4, 2]]), "counts": np.ones(2)}
-    numbers, about = regress.judge(rows, context)
+    numbers, about = regress.judge(rows, context, [])
     assert numbers["mae"] == 0.5 and about["labels"]["a"]["mae"] == 0.5 and about["labels"]["b"]["mse"] == 0.5

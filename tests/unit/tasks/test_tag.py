@@ -143,7 +143,7 @@ def test_plain_tags_have_an_accuracy_and_no_entities():
     context = replace(tiny.collator("tag").context, labels=labels.Labels(("NOUN", "VERB")))
     rows = {"predicted": np.array([0, 1, 1]), "true": np.array([0, 1, 0]), "counts": np.ones(3)}
     rows |= {"record": np.zeros(3, int), "word": np.arange(3)}
-    assert tag.judge(rows, context) == ({"accuracy": 2 / 3}, {})
+    assert tag.judge(rows, context, []) == ({"accuracy": 2 / 3}, {})
 
 
 def test_windows_of_a_record_are_joined_in_the_order_of_its_words():
@@ -152,7 +152,7 @@ def test_windows_of_a_record_are_joined_in_the_order_of_its_words():
     true = [names[name] for name in ("B-ANIMAL", "I-ANIMAL", "O", "B-天体")]
     rows = {"predicted": np.array([true[2], true[3], true[1], true[0]]), "counts": np.ones(4)}
     rows |= {"true": np.array([true[2], true[3], true[1], true[0]]), "record": np.array([0, 1, 0, 0])}
-    numbers, about = tag.judge(rows | {"word": np.array([2, 0, 1, 0])}, context)
+    numbers, about = tag.judge(rows | {"word": np.array([2, 0, 1, 0])}, context, [])
     assert numbers["f1"] == 1 and {kind: row["support"] for kind, row in about["labels"].items()} == {
         "ANIMAL": 1, "天体": 1,
     }  # fmt: skip
