@@ -23,9 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from dsft import checkpoint, tasks
 from dsft.config import check, cli, effect
-from dsft.config.schema import Config, Packing, Precision
+from dsft.config.schema import Config, Packing, Precision, Resampling
 from dsft.data import audit as audits
-from dsft.data import dataset, sources
+from dsft.data import balance, dataset, sources
 from dsft.data import prompting as prompts
 from dsft.data.blocks import WEIGHTS
 from dsft.data.loader import Loader
@@ -48,6 +48,7 @@ from dsft.runtime.world import World, computes_bf16, computes_fp16
 from dsft.tasks import TASKS, Task, isolation, settings_by_task, template, tokenizer_check
 from dsft.tasks.collate import Collator
 from dsft.tasks.forward import Forward
+from dsft.tasks.labels import COLUMN
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context, Outcome, reader
 from dsft.types import Batch
@@ -158,6 +159,7 @@ def plan(config: Config, place: Place) -> Plan:
     context = Context(model.tokenizer, config.data, config.task, config.eval, config.train, prompting)
     data = _data(config, task, context)
     warn(place, audits.idle_ignores(data.audit, config.data.ignore_fields))
+    data = _balanced(config, data)
     model, context = _settled(task, context, data, model)
     packing, why = _layout(config.data.packing, task, model)
     made = Plan(
@@ -176,6 +178,16 @@ def plan(config: Config, place: Place) -> Plan:
     )
     _check_lengths(config, place, made)
     return made
+
+
+def _balanced(config: Config, data: dataset.Prepared) -> dataset.Prepared:
+    """The data with as many training examples of each label, where that is asked for."""
+    how = config.data.balance
+    if how is Resampling.none:
+        return data
+    train, about = balance.resampled(data.train, COLUMN, how, config.train.seed)
+    audit = data.audit | {"train": data.audit["train"] | {"balance": about}}
+    return replace(data, train=train, audit=audit)
 
 
 def _settled(task: Task, context: Context, data: dataset.Prepared, model: Model) -> tuple[Model, Context]:
@@ -496,7 +508,7 @@ def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     settings = (
         "source train validation validation_share test test_share group_by_field stratify_by_field split subset "
         "header columns prompt_template few_shot.path few_shot.count packages max_records max_length train_on "
-        "on_rewritten_history reasoning ignore_fields on_bad_record on_overflow"
+        "on_rewritten_history reasoning ignore_fields balance on_bad_record on_overflow"
     ).split()
     encoded = _encoded_by(config, made.task).items()
     task = {f"task.{name}": value for name, value in encoded if name != "name"}

@@ -17,6 +17,7 @@ from typing import Any
 from dsft.config.schema import (
     Config,
     Method,
+    Resampling,
     ScheduleConfig,
     ScheduleName,
     Source,
@@ -121,6 +122,12 @@ def by_config(config: Config) -> Iterator[Idle]:
             "train.early_stopping_min_delta",
             f"{shown(config, 'train.early_stopping_min_delta')} does nothing with train.early_stopping_patience=0: set "
             "the patience, or leave the other out.",
+        )
+    if data.balance is not Resampling.none:
+        yield Idle(
+            "task.balance",
+            f"{shown(config, 'task.balance')} does nothing with data.balance={data.balance.value}, after which every "
+            "label has as many records: leave one of them out.",
         )
     if not data.few_shot.path:
         yield Idle(

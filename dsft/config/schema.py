@@ -48,6 +48,12 @@ class Reasoning(Enum):
     strip = "strip"
 
 
+class Resampling(Enum):
+    none = "none"
+    oversample = "oversample"
+    undersample = "undersample"
+
+
 class OnBadRecord(Enum):
     error = "error"
     skip = "skip"
@@ -296,6 +302,9 @@ class DataConfig:
     taken out."""
     ignore_fields: list[str] = setting([])
     """Names of fields, of a record or of its messages, that are treated as if they were not there."""
+    balance: Resampling = setting(Resampling.none, of_some_tasks=True)
+    """Take training records of rare labels several times, as often as those of the most frequent one are taken, or
+    leave out those of frequent ones, down to the rarest; drawn by `train.seed`, the same for every epoch."""
     on_bad_record: OnBadRecord = OnBadRecord.error
     """Stop at a malformed record, or count it, list it in the audit and go on."""
     on_overflow: OnOverflow = OnOverflow.auto

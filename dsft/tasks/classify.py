@@ -90,8 +90,8 @@ def settle(context: Context, data: Prepared, own: list[str]) -> Context:
     every = Labels(names)
     train, column = data.train, data.train.entry.columns[naming.COLUMN]
     records = float(train.weights.sum())
-    weights = np.zeros(len(train.entry))  # 0 for what is held out
-    weights[train.selection] = train.weights
+    # 0 for what is held out; one that is taken several times counts as often
+    weights = np.bincount(train.selection, train.weights, len(train.entry))
     counts = np.bincount(every.numbers(column.data), np.repeat(weights, np.diff(column.offsets)), len(names))
     return replace(context, labels=replace(every, weights=naming.weights(names, counts, records, context.task)))
 
@@ -224,7 +224,7 @@ TASK = Task(
     head=head,
     judge=judge,
     settings=frozenset(
-        "model.allow_missing task.labels task.multi_label task.balance task.effective_beta task.label_weights "
-        "task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()
+        "data.balance model.allow_missing task.labels task.multi_label task.balance task.effective_beta "
+        "task.label_weights task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()
     ),
 )

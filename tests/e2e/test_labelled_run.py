@@ -88,8 +88,11 @@ def check_run(run: Path) -> None:
 
 
 def test_adapters_alone_bring_their_head(home, scratch):
-    result = helpers.train([*arguments(home, "lora"), "tuning=lora", "optim.lr=0.01"], scratch)
+    given = [one for one in arguments(home, "lora") if not one.startswith("task.balance")]
+    result = helpers.train([*given, "tuning=lora", "optim.lr=0.01", "data.balance=oversample"], scratch)
     assert result.code == 0, result.err
+    taken = json.loads((home / "lora/audit.json").read_text(encoding="utf-8"))["train"]["balance"]
+    assert taken["examples_after"] % 3 == 0 and taken["examples_after"] > taken["examples_before"]
     alone = home / "lora" / "alone"
     done = helpers.script(["launch/export.py", f"run_dir={home / 'lora'}", "merge=false", f"output={alone}"], scratch)
     assert done.code == 0, done.err

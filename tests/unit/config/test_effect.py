@@ -14,7 +14,18 @@ from test_check import config
 from dsft.config import effect, schema
 from dsft.config.check import check
 from dsft.config.effect import Length, by_config, by_length, by_model, by_place, by_task, by_tokens, enforce
-from dsft.config.schema import Config, Method, ScheduleName, Source, TrainOn, Unit, knobs, known
+from dsft.config.schema import (
+    Balance,
+    Config,
+    Method,
+    Resampling,
+    ScheduleName,
+    Source,
+    TrainOn,
+    Unit,
+    knobs,
+    known,
+)
 from dsft.errors import UserError
 from dsft.metrics import comparable
 from dsft.optim import Schedule
@@ -417,3 +428,10 @@ def test_a_recipes_settings_are_warned_of(home, monkeypatch, capfd):
         "warning: data.split",
         "error: train.early_stopping_patience",
     ]
+
+
+def test_records_and_losses_are_not_both_balanced():
+    both = {"task__balance": Balance.balanced, "data__balance": Resampling.oversample}
+    (line,) = idle(both)
+    assert line.startswith("task.balance=balanced does nothing with data.balance=oversample")
+    assert idle({"task__balance": Balance.balanced}) == idle({"data__balance": Resampling.undersample}) == []
