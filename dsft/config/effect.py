@@ -117,23 +117,12 @@ def by_config(config: Config) -> Iterator[Idle]:
         why = "data.validation_share=0 without data.validation holds nothing out"
         yield from _without_evaluation(config, why, "a data.validation_share")
     yield from _without_shares(config)
+    yield from _of_records(config)
     if not train.early_stopping_patience:
         yield Idle(
             "train.early_stopping_min_delta",
             f"{shown(config, 'train.early_stopping_min_delta')} does nothing with train.early_stopping_patience=0: set "
             "the patience, or leave the other out.",
-        )
-    if data.balance is not Resampling.none:
-        yield Idle(
-            "task.balance",
-            f"{shown(config, 'task.balance')} does nothing with data.balance={data.balance.value}, after which every "
-            "label has as many records: leave one of them out.",
-        )
-    if not data.few_shot.path:
-        yield Idle(
-            "data.few_shot.count",
-            f"{shown(config, 'data.few_shot.count')} does nothing without data.few_shot.path: give a file of examples, "
-            "or leave it out.",
         )
     if not train.samples:
         yield Idle(
@@ -149,6 +138,23 @@ def by_config(config: Config) -> Iterator[Idle]:
                 name,
                 f"{shown(config, name)} watches evaluations, and train.eval_every=0 has none along the way: raise it.",
             )
+
+
+def _of_records(config: Config) -> Iterator[Idle]:
+    """Settings of how records are chosen, where others leave them nothing to do."""
+    data = config.data
+    if data.balance is not Resampling.none:
+        yield Idle(
+            "task.balance",
+            f"{shown(config, 'task.balance')} does nothing with data.balance={data.balance.value}, after which every "
+            "label has as many records: leave one of them out.",
+        )
+    if not data.few_shot.path:
+        yield Idle(
+            "data.few_shot.count",
+            f"{shown(config, 'data.few_shot.count')} does nothing without data.few_shot.path: give a file of examples, "
+            "or leave it out.",
+        )
 
 
 def _without_shares(config: Config) -> Iterator[Idle]:
