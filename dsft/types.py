@@ -16,6 +16,9 @@ import torch
 IGNORE_INDEX = -100
 """The label of a token that is not supervised (PyTorch's `cross_entropy` default)."""
 
+HAN = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+"""A Chinese character, as a regular expression."""
+
 
 @dataclass(kw_only=True)
 class Record:

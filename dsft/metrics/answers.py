@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+from dsft.types import HAN
+
+_HAN = re.compile(f"({HAN})")
 _LETTER = re.compile(r"[^\W\d_]")
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_LEFT_OUT = str.maketrans("", "", "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』")
-"""What CMRC's script leaves out; it names no further marks of ASCII."""
+_LEFT_OUT = str.maketrans("", "", "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
+"""What CMRC's script leaves out: of ASCII these marks alone; of an ellipsis nothing, as it looks for two at once."""
 
 _WORD = re.compile(r"[^\W_]+(?:[.,'][^\W_]+)*|[^\w\s]|_")
 """Words between Chinese characters; CMRC's script asks NLTK for them, which also cuts `don't` in two."""
@@ -48,7 +50,7 @@ def score(given: str, references: Sequence[str], chinese: bool) -> Score:
 
 def is_chinese(text: str) -> bool:
     """Whether a text has more Chinese characters than other letters."""
-    han = len(HAN.findall(text))
+    han = len(_HAN.findall(text))
     return han > len(_LETTER.findall(text)) - han
 
 
@@ -100,8 +102,8 @@ def _cmrc(text: str) -> str:
 def _characters(text: str) -> list[str]:
     """Chinese characters one by one, and words of all else."""
     found: list[str] = []
-    for part in re.split(f"({HAN.pattern})", _cmrc(text)):
-        found += [part] if HAN.fullmatch(part) else _WORD.findall(part)
+    for part in _HAN.split(_cmrc(text)):
+        found += [part] if _HAN.fullmatch(part) else _WORD.findall(part)
     return found
 
 

@@ -19,13 +19,13 @@ from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
 from dsft.tasks.nll import perplexity
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View
-from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
+from dsft.types import HAN, IGNORE_INDEX, Batch, Dropped, Example
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the tokens that are predicted: the share that the mask token stands for, and that another token stands for. The
 rest stay as they are."""
 
-HAN = re.compile(f"{texts.HAN}+")
+CHINESE = re.compile(f"{HAN}+")
 WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 """A run of letters and digits, or any other character that is no space."""
 
@@ -89,7 +89,7 @@ def _words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
     starts = np.full(len(text) + 1, -1, dtype=np.int32)
     for match in WORD.finditer(text):
         starts[match.start() : match.end()] = match.start()
-    for match in HAN.finditer(text):
+    for match in CHINESE.finditer(text):
         at = match.start()
         for word in _segment(match[0]):
             starts[at : at + len(word)] = at

@@ -27,13 +27,13 @@ from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
 from dsft.tasks.task import Context, Examples, Outcome, Task, View, text_of
 from dsft.tasks.windows import windows
-from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
+from dsft.types import HAN, IGNORE_INDEX, Batch, Dropped, Example, Record
 
 NO_WORD = "no word of which a token is left"
-WORD = re.compile(rf"{texts.HAN}|[^\W_]+|[^\w\s]|_")
+WORD = re.compile(rf"{HAN}|[^\W_]+|[^\w\s]|_")
 """A word of a text: a Chinese character, a run of letters and digits, or any other character that is no space."""
 
-HAN = re.compile(texts.HAN)
+CHINESE = re.compile(HAN)
 WITHOUT_TOKEN = "with words that the tokenizer leaves nothing of, which are not learnt"
 SHARED = "with words in one token with the word before, which are not learnt"
 
@@ -77,7 +77,7 @@ def _from_tokens(words: str, tags: str, fields: Fields, origin: str) -> Tagged:
     for number, value in enumerate(fields[words]):
         word = text_of(value, f"{words}[{number}]", empty=False)
         # Chinese is written without spaces
-        apart = text and not (HAN.match(text[-1]) and HAN.match(word))
+        apart = text and not (CHINESE.match(text[-1]) and CHINESE.match(word))
         begin = len(text) + bool(apart)
         text += f" {word}" if apart else word
         spans.append((begin, len(text)))

@@ -18,9 +18,6 @@ from dsft.types import Dropped, Record
 
 NO_WEIGHT = "weight 0"
 
-HAN = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-"""A Chinese character, as a regular expression."""
-
 PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
