@@ -147,13 +147,14 @@ def encode(record: Question, context: Context) -> list[Example | Dropped] | Drop
     A window learns where the answer is if it holds all of it, else that it is not there, which is its first token.
 
     Raises:
-        UserError: It is too long, and that is an error or it is to be cut off; or the tokenizer has no class token.
+        UserError: It is too long, and that is an error or it is to be cut off; or the tokenizer puts no class token in
+            front.
     """
     tokenizer, data = context.tokenizer, context.data
-    _check(context)
     if not record.weight:
         return Dropped(texts.NO_WEIGHT)
     encoding = tokenizer(record.question, record.context, return_offsets_mapping=True, truncation=False, verbose=False)
+    _check(encoding["input_ids"][0], context)
     (inside,) = np.nonzero(np.array([part == 1 for part in encoding.sequence_ids()]))
     if not len(inside):
         return Dropped(NO_TOKEN)
@@ -207,12 +208,12 @@ def _window(
     return Example(columns, len(kept), record.weight, labels=labels)
 
 
-def _check(context: Context) -> None:
-    """Refuse what no record could be encoded by."""
-    if context.tokenizer.cls_token_id is None:
+def _check(first: int, context: Context) -> None:
+    """Refuse what no record could be encoded by; `first` is the first token of any."""
+    if context.tokenizer.cls_token_id != first:
         raise UserError(
-            "task=extract: where a text has no answer, the tokenizer's class token is learnt, and that of model.path "
-            "has none: use an encoder, such as a BERT."
+            "task=extract: where a text has no answer, a class token before the question is learnt, and the tokenizer "
+            "of model.path puts none there: use an encoder, such as a BERT."
         )
     if context.data.on_overflow is OnOverflow.truncate:
         raise UserError(
