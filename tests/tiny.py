@@ -305,12 +305,18 @@ TAGS = ("B-ANIMAL", "B-天体", "I-ANIMAL", "I-天体", "O")
 
 def tagged_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
     """What tagging makes of `tagged_rows`, of which some take several windows of 24 tokens."""
-    context = replace(collator("tag", tokens=tokens, overlap=6, **settings).context, data=DataConfig(max_length=24))
-    made: list[Example] = []
-    for number, row in enumerate(tagged_rows(count, seed)):
-        parts = encode(Raw(row, f"row {number}"), TASKS["tag"], context)
-        made += [replace(part, record=number) for part in parts if isinstance(part, Example)]
-    return made[:count]
+    made = collator("tag", tokens=tokens, overlap=6, **settings)
+    return windowed(made, tagged_rows(count, seed), max_length=24)[:count]
+
+
+def windowed(made: Collator, rows: list[dict], max_length: int) -> list[Example]:
+    """What a task makes of rows, some of them in several windows."""
+    context = replace(made.context, data=DataConfig(max_length=max_length))
+    examples: list[Example] = []
+    for number, row in enumerate(rows):
+        parts = encode(Raw(row, f"row {number}"), made.task, context)
+        examples += [replace(part, record=number) for part in parts if isinstance(part, Example)]
+    return examples
 
 
 ENDS = ("start", "end")
@@ -337,12 +343,8 @@ def asked_rows(count: int, seed: int = 0, longest: int = 30) -> list[dict]:
 
 def asked_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
     """What the extraction of answers makes of `asked_rows`, of which some take several windows of 32 tokens."""
-    context = replace(collator("extract", tokens=tokens, overlap=8, **settings).context, data=DataConfig(max_length=32))
-    made: list[Example] = []
-    for number, row in enumerate(asked_rows(count, seed)):
-        parts = encode(Raw(row, f"row {number}"), TASKS["extract"], context)
-        made += [replace(part, record=number) for part in parts if isinstance(part, Example)]
-    return made[:count]
+    made = collator("extract", tokens=tokens, overlap=8, **settings)
+    return windowed(made, asked_rows(count, seed), max_length=32)[:count]
 
 
 def rated_rows(count: int, seed: int = 0) -> list[dict]:

@@ -38,8 +38,8 @@ def records(path: Path, reading: Reading) -> Iterator[Raw | BadRecord]:
     """
     for one in values(path, reading):
         origin = f"{path}:{one.line}"
-        if one.problem or not isinstance(one.value, dict):
-            yield BadRecord(origin, one.problem) if one.problem else Raw(one.value, origin)
+        if one.problem:
+            yield BadRecord(origin, one.problem)
         else:
             yield from questions.unnested(Raw(one.value, origin))
 

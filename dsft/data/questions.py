@@ -39,8 +39,8 @@ def _has_questions(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("qas"), list)
 
 
-def _is_article(fields: Fields) -> bool:
-    paragraphs = fields.get("paragraphs")
+def _is_article(value: Any) -> bool:
+    paragraphs = value.get("paragraphs") if isinstance(value, dict) else None
     return isinstance(paragraphs, list) and any(map(_has_questions, paragraphs))
 
 

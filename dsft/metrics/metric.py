@@ -116,6 +116,10 @@ def judged(unit: str, label: str, name: str, format: str = "{:.2%}", **more: Any
     return Metric(unit, label, format, (name,), reduction=Reduction.SAME, optional=True, **options)
 
 
+SHOWN: dict[str, Any] = {"bar": "{label} {value}", "headline": True}
+"""Options of a metric (`judged`) that bar and headline name."""
+
+
 def mean(total: float, count: float) -> float | None:
     """`total` for each that was counted; None of none."""
     return total / count if count else None

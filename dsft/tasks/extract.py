@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import Metric, answers, judged, mean
+from dsft.metrics import SHOWN, Metric, answers, judged, mean
 from dsft.model.head import SINGLE, Head
 from dsft.model.kind import ANSWERS
 from dsft.tasks import media, texts, weights
@@ -172,15 +172,16 @@ def encode(record: Question, context: Context) -> list[Example | Dropped] | Drop
     span = _token_span(encoding["offset_mapping"][first:last], record)
     if record.span and span is None:
         return Dropped(NO_TOKEN)
+    whole = _columns(encoding, slice(first, last))
     return [
-        _window(record, encoding, (first, last), (begin, end), span)
+        _window(record, whole, (first, last), (begin, end), span)
         for begin, end, *_ in windows(last - first, room, min(context.task.overlap, room // 2))
     ]
 
 
 def _window(
     record: Question,
-    encoding: Any,
+    whole: dict[str, np.ndarray],
     text: tuple[int, int],
     window: tuple[int, int],
     span: tuple[int, int] | None,
@@ -189,14 +190,14 @@ def _window(
 
     Args:
         record: The question.
-        encoding: Of question and text.
-        text: Which of its tokens are of the text.
+        whole: Columns of question and text.
+        text: Which of their tokens are of the text.
         window: Which of these are in the window, counted from the text's first; likewise `span`.
         span: The first and the last token of the answer, if there is one.
     """
     (first, last), (begin, end) = text, window
-    kept = np.r_[0:first, first + begin : first + end, last : len(encoding["input_ids"])]
-    columns = _columns(encoding, kept, slice(first, first + end - begin))
+    kept = np.r_[0:first, first + begin : first + end, last : len(whole["ids"])]
+    columns = {name: column[kept] for name, column in whole.items()}
     target = (0, 0)
     if span is not None and begin <= span[0] and span[1] < end:
         target = span[0] - begin + first, span[1] - begin + first
@@ -222,15 +223,15 @@ def _check(first: int, context: Context) -> None:
         )
 
 
-def _columns(encoding: Any, kept: np.ndarray, inside: slice) -> dict[str, np.ndarray]:
-    """Columns of some of a pair's tokens: `ids`, `token_types` where the tokenizer gives any, and the characters of the
+def _columns(encoding: Any, inside: slice) -> dict[str, np.ndarray]:
+    """Columns of a pair's tokens: `ids`, `token_types` where the tokenizer gives any, and the characters of the
     text that each is, `begins` and `ends`; -1 for those that are not `inside` of it."""
-    columns = {"ids": np.array(encoding["input_ids"], np.int32)[kept]}
+    columns = {"ids": np.array(encoding["input_ids"], np.int32)}
     if "token_type_ids" in encoding:
-        columns["token_types"] = np.array(encoding["token_type_ids"], np.int8)[kept]
-    offsets = np.array(encoding["offset_mapping"], np.int32)[kept]
+        columns["token_types"] = np.array(encoding["token_type_ids"], np.int8)
+    offsets = np.array(encoding["offset_mapping"], np.int32)
     for name, side in (("begins", 0), ("ends", 1)):
-        columns[name] = np.full(len(kept), -1, np.int32)
+        columns[name] = np.full(len(offsets), -1, np.int32)
         columns[name][inside] = offsets[inside, side]
     return columns
 
@@ -318,68 +319,60 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
     score of none exceeds that by more than the threshold."""
     order = np.argsort(rows["number"])
     rows = {name: values[order] for name, values in rows.items()}
-    threshold, found = context.task.no_answer_threshold, _Found()
-    for _, part in groupby(range(len(order)), key=lambda number: data[number].record):
-        found.add(rows, list(part), data, threshold)
-    return found.numbers(), found.about()
+    parts = groupby(range(len(order)), key=lambda number: data[number].record)
+    found = _Answered(*map(np.array, zip(*(_answered(rows, list(part), data) for _, part in parts))))
+    threshold = context.task.no_answer_threshold
+    scores, empty, counts = found.scores(np.inf if threshold is None else threshold), found.empty, found.counts
+    numbers = {"questions": float(counts.sum())} | dict(zip(("exact", "f1"), _means(scores, counts)))
+    if not empty.any():
+        return numbers, {}
+    numbers["no_answer_accuracy"] = _means(scores[empty], counts[empty])[0]
+    if empty.all():
+        return numbers, {}
+    numbers["f1_with_answer"] = _means(scores[~empty], counts[~empty])[1]
+    best = answers.no_answer_threshold(found.margins, (found.nothing - found.said)[:, 1] * counts)
+    exact, f1 = _means(found.scores(best), counts)
+    return numbers, {"best_no_answer_threshold": {"threshold": best, "exact": exact, "f1": f1}}
 
 
-class _Found:
-    """What has been answered."""
+class _Answered(NamedTuple):
+    """What became of questions.
 
-    def __init__(self) -> None:
-        self._answered: list[answers.Score] = []
-        self._unanswered: list[answers.Score] = []
-        self._chosen: list[answers.Score] = []
-        self._margins: list[float] = []
-        self._counts: list[float] = []
-        self._empty: list[bool] = []
+    Attributes:
+        said: Scores of the best span, shape (questions, 2).
+        nothing: Those of saying that there is no answer.
+        margins: By how much nothing scores more than the span, shape (questions,).
+        counts: What each counts.
+        empty: Whether it has no answer.
+    """
 
-    def add(self, rows: dict[str, np.ndarray], numbers: list[int], data: Examples, threshold: float | None) -> None:
-        """Judge a question by its windows."""
-        best = max(numbers, key=lambda number: rows["score"][number])
-        first, window = data[numbers[0]].columns, data[best].columns
-        text = first["context"].tobytes().decode()
-        said = text[window["begins"][rows["begin"][best]] : window["ends"][rows["end"][best]]].strip()
-        right = json.loads(first["answers"].tobytes().decode())
-        chinese = answers.is_chinese(text)
-        self._answered.append(answers.score(said, right, chinese))
-        self._unanswered.append(answers.score("", right, chinese))
-        self._margins.append(float(rows["nothing"][numbers].min() - rows["score"][best]))
-        nothing = threshold is not None and self._margins[-1] > threshold
-        self._chosen.append(self._unanswered[-1] if nothing else self._answered[-1])
-        self._counts.append(data[numbers[0]].weight)
-        self._empty.append(not right)
+    said: np.ndarray
+    nothing: np.ndarray
+    margins: np.ndarray
+    counts: np.ndarray
+    empty: np.ndarray
 
-    def numbers(self) -> dict[str, float]:
-        """The quantities of the metrics."""
-        counts, empty = np.array(self._counts), np.array(self._empty)
-        chosen = np.array(self._chosen)
-        found = {"questions": float(counts.sum())}
-        found |= dict(zip(("exact", "f1"), _means(chosen, counts)))
-        if empty.any():
-            found["no_answer_accuracy"] = _means(chosen[empty], counts[empty])[0]
-            if not empty.all():
-                found["f1_with_answer"] = _means(chosen[~empty], counts[~empty])[1]
-        return found
+    def scores(self, threshold: float) -> np.ndarray:
+        """Scores where those are said to have no answer whose margin is larger than the threshold."""
+        return np.where((self.margins > threshold)[:, None], self.nothing, self.said)
 
-    def about(self) -> dict[str, Any]:
-        """The threshold that would have been best, where questions are without an answer."""
-        if not any(self._empty) or all(self._empty):
-            return {}
-        answered, unanswered, counts = (np.array(v) for v in (self._answered, self._unanswered, self._counts))
-        margins, gains = np.array(self._margins), (unanswered - answered)[:, 1] * counts
-        best = answers.no_answer_threshold(margins, gains)
-        scores = np.where((margins > best)[:, None], unanswered, answered)
-        exact, f1 = _means(scores, counts)
-        return {"best_no_answer_threshold": {"threshold": best, "exact": exact, "f1": f1}}
+
+def _answered(rows: dict[str, np.ndarray], numbers: list[int], data: Examples) -> tuple[Any, ...]:
+    """What became of a question, by its windows; as the attributes of `_Answered`."""
+    best = max(numbers, key=lambda number: rows["score"][number])
+    first, window = data[numbers[0]], data[best].columns
+    text = first.columns["context"].tobytes().decode()
+    said = text[window["begins"][rows["begin"][best]] : window["ends"][rows["end"][best]]].strip()
+    right = json.loads(first.columns["answers"].tobytes().decode())
+    chinese = answers.is_chinese(text)
+    of_span, of_nothing = (answers.score(given, right, chinese) for given in (said, ""))
+    margin = float(rows["nothing"][numbers].min() - rows["score"][best])
+    return of_span, of_nothing, margin, first.weight, not right
 
 
 def _means(scores: np.ndarray, counts: np.ndarray) -> list[float]:
     return ((scores * counts[:, None]).sum(0) / counts.sum()).tolist()
 
-
-SHOWN: dict[str, Any] = {"bar": "{label} {value}", "headline": True}
 
 METRICS = {
     "loss": Metric("nats per window", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),

@@ -17,7 +17,7 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import Metric, entities, judged, mean
+from dsft.metrics import SHOWN, Metric, entities, judged, mean
 from dsft.model.head import SINGLE, Head
 from dsft.model.kind import TOKEN
 from dsft.tasks import labels as naming
@@ -264,8 +264,6 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
         at = here.stop
     return numbers | found.numbers(), {"labels": found.by_type()}
 
-
-SHOWN: dict[str, Any] = {"bar": "{label} {value}", "headline": True}
 
 METRICS = {
     "loss": Metric("nats per word", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
