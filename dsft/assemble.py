@@ -201,9 +201,11 @@ def _settled(task: Task, context: Context, data: dataset.Prepared, model: Model)
 
 def _layout(packing: Packing, task: Task, model: Model) -> tuple[Packing, str | None]:
     """What `data.packing=auto` means here, as far as the model's class tells, and why."""
+    why = layout.why_padded(task.kind, model.config)
+    if packing in (Packing.bfd, Packing.none) and why and task.kind.two_sided:
+        raise UserError(f"data.packing={packing.value}: {why}. Leave data.packing out, or give data.packing=padded.")
     if packing is not Packing.auto:
         return packing, None
-    why = layout.why_padded(task.kind, model.config)
     return (Packing.padded, why) if why else (Packing.bfd, "the model keeps documents apart")
 
 
@@ -235,6 +237,8 @@ def _model(config: Config, task: Task, precision: Precision, place: Place, new_t
     source = models.resolve(config.model.path, config.model.revision, config.data.cache_dir, task.kind)
     source = replace(source, allow_missing=tuple(config.model.allow_missing))
     tokenizer = models.load_tokenizer(source, config.model.chat_template)
+    if task.ready:
+        task.ready(tokenizer, config.task)
     if task.kind.headed:
         source = replace(source, head=_provisional(config, tokenizer))
     text_config = models.load_config(source).get_text_config()
@@ -264,8 +268,11 @@ def _vocabulary(
         What is new in the tokenizer, and warnings of settings that have no effect with it.
     """
     words = vocabulary.extend(tokenizer, new_tokens, text_config.vocab_size)
+    lengths = {"data.max_length": config.data.max_length}
+    if "data.max_target_length" in TASKS[config.task.name].settings:
+        lengths["data.max_target_length"] = config.data.max_target_length
     check.check_model(
-        max_length=config.data.max_length,
+        lengths=lengths,
         max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
         embeddings=text_config.vocab_size,
         tokens=words.size,
@@ -288,6 +295,7 @@ def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
         "tokenizer": models.tokenizer_fingerprint(context.tokenizer),
         "chat_template": context.tokenizer.chat_template,
         "max_length": config.data.max_length,
+        "max_target_length": config.data.max_target_length,
         "train_on": config.data.train_on.value,
         "on_rewritten_history": config.data.on_rewritten_history.value,
         "reasoning": config.data.reasoning.value,
@@ -317,7 +325,13 @@ def _pack(config: Config, sizes: check.BatchSizes, train_set: dataset.TokenDatas
     """The plan's part about which examples make which step."""
     data = config.data
     planner = Planner(
-        train_set.lengths, packing, data.max_length, data.pack_window, config.train.seed, sizes.global_batch_size
+        train_set.lengths,
+        packing,
+        data.max_length,
+        data.pack_window,
+        config.train.seed,
+        sizes.global_batch_size,
+        train_set.sides,
     )
     total_steps = planner.total_steps(epochs(config), config.train.max_steps)
     return {"packing": packing, "planner": planner, "total_steps": total_steps}
@@ -507,8 +521,8 @@ def _data_identity(config: Config, made: Plan) -> dict[str, Any]:
     """The training data's key, and what may be blamed where it differs."""
     settings = (
         "source train validation validation_share test test_share group_by_field stratify_by_field split subset "
-        "header columns prompt_template few_shot.path few_shot.count packages max_records max_length train_on "
-        "on_rewritten_history reasoning ignore_fields balance on_bad_record on_overflow"
+        "header columns prompt_template few_shot.path few_shot.count packages max_records max_length "
+        "max_target_length train_on on_rewritten_history reasoning ignore_fields balance on_bad_record on_overflow"
     ).split()
     encoded = _encoded_by(config, made.task).items()
     task = {f"task.{name}": value for name, value in encoded if name != "name"}

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     LlamaConfig,
@@ -99,6 +100,25 @@ def encoder_tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
 
 
 ENCODER_TOKENIZER = encoder_tokenizer()
+
+
+def two_sided_tokenizer(vocabulary: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that ends every text with </s>, as encoder-decoders want it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<unk>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS)], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+
+
+TWO_SIDED_TOKENIZER = two_sided_tokenizer()
 
 METRICS = declare(TASKS["causal_lm"].metrics, TASKS["causal_lm"].target)
 """What a run of causal language modelling declares."""
@@ -187,6 +207,43 @@ def masked(family: str, attention: str, seed: int = 0, **changes) -> PreTrainedM
     return model.eval()
 
 
+def two_sided(family: str, attention: str = "eager", seed: int = 0, **changes) -> PreTrainedModel:
+    """An encoder-decoder of any family that transformers knows, in evaluation mode, as in `causal`."""
+    shape = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    shape |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    shape |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128, "init_std": 0.2}
+    shape |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    known = CONFIG_MAPPING[family]()
+    settings = {name: value for name, value in shape.items() if hasattr(known, name)} | changes
+    settings.setdefault("decoder_start_token_id", 0)
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**settings)
+    model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def written_rows(count: int, seed: int = 0) -> list[dict]:
+    """Texts with another to be written from each, of other lengths; some with weights."""
+    random = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for number, (source, target) in enumerate(zip(texts(count, seed), texts(count, seed + 1, longest=14))):
+        rows.append({"source": source, "target": target})
+        if number % 4 == 0:
+            rows[-1]["weight"] = float(random.choice([0.3, 2.0]))
+    return rows
+
+
+def written_examples(count: int, seed: int = 0, tokens=None, **settings) -> list[Example]:
+    """What an encoder-decoder's task makes of `written_rows`."""
+    data = DataConfig(max_length=48, max_target_length=16)
+    context = replace(collator("seq2seq", tokens=tokens, **settings).context, data=data)
+    rows = [Raw(row, f"row {number}") for number, row in enumerate(written_rows(count, seed))]
+    return [example for row in rows for example in encode(row, TASKS["seq2seq"], context)]
+
+
 def texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
     """Random words, in English and Chinese."""
     random = np.random.default_rng(seed)
@@ -241,7 +298,8 @@ def weighed_examples(count: int, seed: int = 0) -> list[Example]:
 
 def collator(name: str = "causal_lm", padded: bool = False, tokens=None, seed: int = 0, **settings) -> Collator:
     """What makes batches of a task; `settings` are those of its own section."""
-    usual = TOKENIZER if TASKS[name].kind.encoder is False else ENCODER_TOKENIZER
+    kind = TASKS[name].kind
+    usual = TWO_SIDED_TOKENIZER if kind.two_sided else TOKENIZER if kind.encoder is False else ENCODER_TOKENIZER
     context = Context(tokens or usual, DataConfig(), TaskConfig(**settings), EvalConfig(), TrainConfig(seed=seed))
     if TASKS[name].kind.headed:
         numbers = Labels(("a", "b"), scale=(17.0, 0.008), shift=(120.0, -0.01))
@@ -433,10 +491,21 @@ def documents(lengths: list[int], device="cpu", kernel: Attention = Attention.pe
     return Documents(lengths, cumulative(lengths).to(device), kernel, noise)
 
 
-def begin(noise: Noise, step, lengths: list[int], numbers: list[int], width: int | None = None, device="cpu") -> None:
-    """Let a Noise draw for documents of these lengths and numbers; padded to a width, if one is given."""
-    keys = token_keys(noise._seed, step, lengths, numbers, width)
+def begin(
+    noise: Noise,
+    step,
+    lengths: list[int],
+    numbers: list[int],
+    width: int | None = None,
+    device="cpu",
+    written: int | None = None,
+) -> None:
+    """Let a Noise draw for documents of these lengths and numbers; padded to a width, if one is given, and with another
+    side as wide as is `written`."""
+    keys = token_keys(noise._seed, step, lengths, numbers, width and max(width, written or 0))
     tensors = {"noise": keys, "lengths": torch.tensor(lengths)}
+    if width and written:
+        tensors |= {"input_ids": torch.zeros(1, width), "decoder_labels": torch.zeros(1, written)}
     noise.begin(Batch(tensors, lengths, 0.0, len(lengths), numbers, step, width is not None).to(torch.device(device)))
 
 

@@ -101,7 +101,7 @@ def check_task(name: str, tasks: Collection[str]) -> None:
 
 def check_model(
     *,
-    max_length: int,
+    lengths: Mapping[str, int],
     max_position_embeddings: int | None,
     embeddings: int,
     tokens: int,
@@ -110,7 +110,7 @@ def check_model(
     """What can be checked only once the model's own config and its tokenizer are known.
 
     Args:
-        max_length: `data.max_length`, in tokens.
+        lengths: Setting -> tokens of the longest text that it allows.
         max_position_embeddings: Positions that the model was built for; None where it has no such limit.
         embeddings: Rows of the input embedding.
         tokens: The largest id that the tokenizer can give, and one.
@@ -119,11 +119,12 @@ def check_model(
     Raises:
         UserError: If a row could be longer than the model's positions, or a token have no embedding.
     """
-    if max_position_embeddings is not None and max_length > max_position_embeddings:
-        raise UserError(
-            f"data.max_length={max_length} is longer than the {max_position_embeddings} positions of the model in "
-            f"model.path: give data.max_length={max_position_embeddings} or less, or another model."
-        )
+    for name, length in lengths.items():
+        if max_position_embeddings is not None and length > max_position_embeddings:
+            raise UserError(
+                f"{name}={length} is longer than the {max_position_embeddings} positions of the model in model.path: "
+                f"give {name}={max_position_embeddings} or less, or another model."
+            )
     if tokens > embeddings and not resize:
         raise UserError(
             f"the tokenizer has {tokens} tokens, but the model in model.path has {embeddings} embeddings. Set "

@@ -279,7 +279,9 @@ class DataConfig:
     max_records: int | None = setting(None, range=AT_LEAST_1)
     """Read at most this many training records, in their order; null for all."""
     max_length: int = setting(512, range=AT_LEAST_2)
-    """Tokens of the longest example, and of a packed row."""
+    """Tokens of the longest example, and of a packed row; of an encoder-decoder, those of the longest source text."""
+    max_target_length: int = setting(128, range=AT_LEAST_2, of_some_tasks=True)
+    """Tokens of the longest target text of an encoder-decoder."""
     packing: Packing = Packing.auto
     """`bfd` fills rows of `max_length` tokens by best-fit-decreasing; with `none` every example is a row; neither pads,
     and neither lets documents see each other. `padded` is for models that cannot keep the documents of a row apart:
@@ -345,7 +347,15 @@ class TaskConfig:
     focal_gamma: float = setting(0.0, range=NOT_NEGATIVE, of_some_tasks=True)
     """Focal loss of training (arXiv:1708.02002): what is predicted well with probability p counts (1 - p)^gamma."""
     label_smoothing: float = setting(0.0, range=BELOW_1, of_some_tasks=True)
-    """Share of the target that is spread over all labels in the loss of training (arXiv:1512.00567)."""
+    """Share of the target that is spread over all labels, or over the vocabulary, in the loss of training
+    (arXiv:1512.00567)."""
+    source_prefix: str | None = setting(None, of_some_tasks=True)
+    """What stands before every source text, word for word, such as `translate English to German: ` for a T5."""
+    source_language: str | None = setting(None, of_some_tasks=True)
+    """Language of the source texts: the tokenizer's own code for it (`eng_Latn` for NLLB), and the key of a record's
+    `translation`."""
+    target_language: str | None = setting(None, of_some_tasks=True)
+    """The same of the target texts."""
     overlap: int = setting(64, range=NOT_NEGATIVE, of_some_tasks=True)
     """Tokens that neighbouring windows of a text longer than `data.max_length` have in common. A word's tag is learnt
     and told in the one where it stands farthest from a cut; beside a long question windows overlap by half of their

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from dsft.data.blocks import WEIGHTS
+from dsft.data.blocks import TARGET, WEIGHTS
 from dsft.data.held_out import repeated
 from dsft.data.prompting import left_out
 from dsft.types import Example
@@ -110,6 +110,9 @@ def example_spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
     Tokens are decoded together, so that a character that several tokens share comes out whole. Without a column that
     says which tokens are supervised it is one text, and None.
     """
+    if TARGET in example.columns:
+        parts = zip((example.ids, example.columns[TARGET]), (False, True))
+        return [(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False), told) for ids, told in parts]
     if WEIGHTS not in example.columns:
         return [(tokenizer.decode(example.ids.tolist(), clean_up_tokenization_spaces=False), None)]
     spans, end, shown = [], 0, ""

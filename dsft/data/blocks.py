@@ -32,6 +32,9 @@ POOL_FROM = 20_000
 WEIGHTS = "weights"
 """Name of the column, float32, shape (tokens,), by which a task says what each token counts, 0 if it is not learnt."""
 
+TARGET = "target_ids"
+"""Name of the column, int32, of the tokens of another text that is written from an example's own."""
+
 LONGEST_PROBLEM = 300
 """Characters of an exception's message that are shown."""
 

@@ -42,7 +42,7 @@ from dsft.data import (
     text,
 )
 from dsft.data import cache as entries
-from dsft.data.blocks import Encode
+from dsft.data.blocks import TARGET, Encode
 from dsft.data.cache import Entry, Writer
 from dsft.data.sources import BadRecord, Raw
 from dsft.errors import UserError
@@ -85,6 +85,14 @@ class TokenDataset:
     def records(self) -> np.ndarray:
         """Which record each example was made of, int64, never falling."""
         return self.entry.records[self.selection]
+
+    @property
+    def sides(self) -> list[np.ndarray]:
+        """Tokens of each example's own text and of the one that is written from it; nothing where there is none."""
+        if TARGET not in self.entry.columns:
+            return []
+        written = np.diff(self.entry.columns[TARGET].offsets)[self.selection]
+        return [self.lengths - written, written]
 
     def __len__(self) -> int:
         return len(self.selection)

@@ -6,6 +6,7 @@ Ranks, accumulation and the device have no say here, which is what makes a run t
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -117,14 +118,23 @@ class Planner:
         window: Examples that are packed together.
         seed: Seed of the run.
         global_batch_size: Rows per optimizer step.
+        sides: Of an encoder-decoder the tokens of each example's two texts, which together are its `lengths`.
 
     Attributes:
         settings: What, beside the data, decides which examples make up which step; by setting.
     """
 
     def __init__(
-        self, lengths: np.ndarray, packing: Packing, capacity: int, window: int, seed: int, global_batch_size: int
+        self,
+        lengths: np.ndarray,
+        packing: Packing,
+        capacity: int,
+        window: int,
+        seed: int,
+        global_batch_size: int,
+        sides: Sequence[np.ndarray] = (),
     ):
+        self._sides = sides or [lengths]
         self.global_batch_size = global_batch_size
         self._lengths, self._packing, self._capacity = lengths, packing, capacity
         self.settings = {
@@ -174,8 +184,9 @@ class Planner:
         """Rows times width over all padded micro-batches of the first epoch."""
         count, total = self.global_batch_size // micro_batch_size, 0
         for step in range(self.steps(0)):
-            loads = [int(self._lengths[row[0]]) for row in self.step_rows(0, step)]
-            total += sum(len(rows) * max(loads[row] for row in rows) for rows in share_alike(loads, 1, count) if rows)
+            examples = np.concatenate(self.step_rows(0, step))
+            for rows in filter(None, share_alike(self._lengths[examples].tolist(), 1, count)):
+                total += len(rows) * sum(int(side[examples[rows]].max()) for side in self._sides)
         return total
 
     def share(self, loads: list[int], ranks: int, accumulation: int, capacity: int) -> list[list[int]]:

@@ -34,6 +34,8 @@ DROPOUTS = (
     "attention_dropout_prob",
     "attention_probs_dropout_prob",
     "attn_drop",
+    # T5 and its kin have one rate for everything
+    "dropout_rate",
 )
 """Names under which configs keep the rate of dropout of attention weights."""
 

@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dsft.errors import UserError
 from dsft.model import head as heads
-from dsft.model.kind import CAUSAL, Kind, logits_of
+from dsft.model.kind import CAUSAL, Kind, plain_logits
 from dsft.model.load import ModelSource, disk_errors, even_modes, load_model, plain_loading
 from dsft.model.rows import NEW, Gather, whole
 from dsft.model.shards import Shards
@@ -181,7 +181,7 @@ def verify(
     with plain_loading():
         model = _reload(Path(written), dtype, kind).eval()
     with torch.no_grad():
-        found = logits_of(model(input_ids=probe.ids.cpu())).double()
+        found = plain_logits(model, probe.ids.cpu()).double()
     expected = probe.logits.detach().cpu().double()
     found = found[None] if kind.by_document else found
     if found.shape != expected.shape:

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -43,6 +45,7 @@ class Kind:
         encoder: Whether its tokens see what comes after them; None where they may or may not.
         headed: Whether it gets a head of its own, new where its files have none for what is learnt.
         by_document: Whether it answers once for each document, and not at each token.
+        two_sided: Whether an encoder reads one text, and a decoder writes another.
     """
 
     auto: Any
@@ -53,6 +56,7 @@ class Kind:
     encoder: bool | None = False
     headed: bool = False
     by_document: bool = False
+    two_sided: bool = False
 
     def lacks(self, about: Mapping[str, Any]) -> str | None:
         """What a model is instead, by the content of its `config.json`; None if it is of this kind, as far as is known.
@@ -60,6 +64,8 @@ class Kind:
         Some architectures can be both an encoder and a decoder: `is_decoder` says which.
         """
         family = about.get("model_type")
+        if self.two_sided:
+            return None if about.get("is_encoder_decoder") and family in self.families else "no encoder-decoder"
         if about.get("is_encoder_decoder"):
             return "an encoder-decoder"
         if self.encoder is False and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not about.get("is_decoder"):
@@ -115,6 +121,14 @@ ANSWERS = Kind(
     encoder=True,
     headed=True,
 )
+SEQ2SEQ = Kind(
+    auto=AutoModelForSeq2SeqLM,
+    families=MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    noun="an encoder-decoder",
+    such_as="a T5, mT5, BART, Marian or NLLB",
+    adapters="SEQ_2_SEQ_LM",
+    two_sided=True,
+)
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -122,3 +136,16 @@ def logits_of(output: Any) -> torch.Tensor:
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     return output.logits
+
+
+def is_two_sided(config: Any) -> bool:
+    """Whether a model of this config is an encoder-decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def plain_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """A model's logits for whole rows of token ids, by its own way; an encoder-decoder reads them on both sides."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_two_sided(model.config):
+        inputs["decoder_input_ids"] = ids
+    return logits_of(model(**inputs, use_cache=False))

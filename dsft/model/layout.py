@@ -17,6 +17,8 @@ def why_padded(kind: Kind, config: PreTrainedConfig) -> str | None:
 
     What does not show here, shows in the model's answers: `tasks.isolation.check`.
     """
+    if kind.two_sided:
+        return "an encoder-decoder reads one text and writes another, so that a row has no single order of tokens"
     model = kind.auto._model_mapping.get(type(config), None)
     if getattr(model, "_is_stateful", False):
         return f"{model.__name__} is recurrent, so that its state would run on from one document to the next"

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,13 +266,15 @@ def load_tokenizer(source: ModelSource, chat_template_file: str | None = None) -
         chat_template_file: Jinja template that replaces the tokenizer's own.
 
     Raises:
-        UserError: No tokenizer, a slow one (without character offsets), or an unreadable template file.
+        UserError: No tokenizer, a slow one (without character offsets) where those are needed, or an unreadable
+            template file.
     """
     if source.revision is None:
         directories.check_tokenizer(source.name, Path(source.path))
     with _loading(source, "tokenizer", Exception):  # its files can be broken in any way
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
-    if not tokenizer.is_fast:
+    # a text that is written from another needs no places of characters, and some of such models have only a slow one
+    if not tokenizer.is_fast and not source.kind.two_sided:
         raise UserError(
             f"model.path={source.name}: its tokenizer ({type(tokenizer).__name__}) has no fast version. "
             "Save it with a tokenizer.json beside the model."
@@ -314,6 +317,10 @@ def _read_template(file: Path) -> str:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Hex digest of all that decides how text becomes ids: the tokenizer, its special tokens, its chat template."""
+    if not tokenizer.is_fast:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [Path(file) for file in sorted(tokenizer.save_pretrained(scratch)) if Path(file).is_file()]
+            return _digest(*(part for file in files for part in (file.name, file.read_bytes())))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from whoever called the tokenizer last; no part of what it is.
     backend.pop("truncation", None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import random
 import sys
 from collections import Counter
@@ -166,6 +167,10 @@ class Noise:
         """
         self._step, self._lengths = batch.step, batch.tensors["lengths"]
         self._tokens = batch.tensors["noise"]
+        # an encoder-decoder has rows of two widths; what stands at one place of either shares a key
+        found = (batch.tensors[name].shape[1] for name in ("input_ids", "decoder_labels") if name in batch.tensors)
+        widths = dict.fromkeys(found) if batch.padded else {}
+        self._sides = [self._tokens[:, :width] for width in widths] or [self._tokens]
         self._calls.clear()
         if self._global:
             key = int(_chain(self._seed, *batch.step, 1))
@@ -242,19 +247,19 @@ class Noise:
             module: Where it happens.
             x: Shape (1, tokens, ...) or (tokens, ...), the tokens of the batch that `begin` was given; of padded ones
                 (documents, width, ...) or (documents * width, ...), or attention weights, shape
-                (documents, heads, width, width); or (documents, features), which draws by the first tokens' keys.
+                (documents, heads, queries, keys); or (documents, features), which draws by the first tokens' keys.
             p: Share of elements set to 0, of all values scaled so that the expectation stays.
 
         Raises:
             UserError: `x` does not hold the batch's tokens in their order, as inside experts, but depends on it.
         """
-        padded, layout = self._tokens.dim() == 2, (1, *self._tokens.shape)[-2:]
-        if padded and x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (*layout, layout[1]):
+        padded, widths = self._tokens.dim() == 2, {side.shape[-1] for side in self._sides}
+        if padded and x.dim() == 4 and len(x) == len(self._tokens) and widths.issuperset(x.shape[2:]):
             return self._padded_attention_dropout(module, x, p)
-        of, table = self._tokens, self._tables.get(self._place(module)) == x.shape
+        of, table = self._laid_out(x), self._tables.get(self._place(module)) == x.shape
         if x.dim() == 2 and len(x) == len(self._lengths) and not table:
-            of = of[:, 0] if padded else of[self._lengths.cumsum(0) - self._lengths]
-        elif table or not (x.shape[0] == of.numel() or (x.dim() > 1 and x.shape[:2] == layout)):
+            of = self._tokens[:, 0] if padded else self._tokens[self._lengths.cumsum(0) - self._lengths]
+        elif table or of is None:
             return self._table_dropout(module, x, p)
         features = x.numel() // of.numel()
         keys = self._keys(self._place(module), 1, (features + 1) // 2, x.device)
@@ -265,6 +270,13 @@ class Noise:
 
             return FusedDrop.apply(x, of.flatten(), keys[0], dropped)
         return _dropped(x, draw(of.reshape(-1, 1), keys)[:, :features].reshape(x.shape), dropped)
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Keys of the tokens that `x` is of, as they lie in it; None where it is of no side's tokens."""
+        rows = (side for side in self._sides if x.shape[:2] == (1, *side.shape)[-2:])
+        # a side of one token has as many as a tensor of one row
+        fits = itertools.chain(rows, (side for side in self._sides if len(x) == side.numel()))
+        return next(fits, None)
 
     def _table_dropout(self, module: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         """Dropout of a tensor that has nothing to do with the batch, such as a table of relative positions.
@@ -307,11 +319,11 @@ class Noise:
         return _dropped(weights, bits, round(p * LEVELS))
 
     def _padded_attention_dropout(self, module: nn.Module, weights: torch.Tensor, p: float) -> torch.Tensor:
-        """The same of all documents, shape (documents, heads, width, width): each draws what it draws in a flat row."""
-        _, heads, width, _ = weights.shape
+        """The same of all documents, (documents, heads, queries, keys): each draws what it draws in a flat row."""
+        _, heads, queries, width = weights.shape
         keys = self._keys(self._place(module), heads, (width + 1) // 2, weights.device)
         self._calls[module] += 1
-        bits = draw(self._tokens[:, None, :, None], keys.unsqueeze(1))[..., :width]
+        bits = draw(self._tokens[:, None, :queries, None], keys.unsqueeze(1))[..., :width]
         return _dropped(weights, bits, round(p * LEVELS))
 
     def attended(self, module: nn.Module) -> None:

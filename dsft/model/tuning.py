@@ -18,7 +18,7 @@ from dsft.config.schema import Method, TuningConfig
 from dsft.errors import UserError
 from dsft.model import head as heads
 from dsft.model import rows
-from dsft.model.kind import CAUSAL, Kind
+from dsft.model.kind import CAUSAL, Kind, is_two_sided
 from dsft.model.vocabulary import Vocabulary
 
 ALL_LINEAR = "all-linear"
@@ -51,6 +51,8 @@ def apply(
     Raises:
         UserError: A pattern, layer count or module name does not fit this model.
     """
+    if kind.two_sided:
+        _refuse_for_two_sides(tuning)
     match tuning.method:
         case Method.full:
             pass
@@ -61,6 +63,16 @@ def apply(
     if tuning.new_tokens and vocabulary is not None:
         rows.train(model, vocabulary)
     return model
+
+
+def _refuse_for_two_sides(tuning: TuningConfig) -> None:
+    """Refuse what is done at the one embedding of a model, of which an encoder-decoder has two that share a table."""
+    for name in ("new_tokens", "neftune_alpha"):
+        if value := getattr(tuning, name):
+            raise UserError(
+                f"tuning.{name}={str(value).lower()}: encoder-decoders look tokens up at several places, at which this "
+                f"is not done. Leave tuning.{name} out."
+            )
 
 
 def describe(model: nn.Module) -> Counts:
@@ -102,8 +114,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     Raises:
         UserError: No module list of the model is as long as its config says it has layers.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    config = model.config.get_text_config()
+    # of an encoder-decoder both may be of one length
+    inside = model.get_decoder() if is_two_sided(config) else model
+    depth = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", config.num_hidden_layers)
+    for module in inside.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return module, child

@@ -160,6 +160,11 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rows: int)
     first = min(before, rows)
     if not tokens and before <= rows:
         return Vocabulary(first)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"data.new_tokens: no tokens can be added to a {type(tokenizer).__name__}, which has no fast version. "
+            "Leave data.new_tokens out, or use another model."
+        )
     there = {text: _is_known(text, tokenizer.backend_tokenizer) for text in dict.fromkeys(tokens)}
     known, added = ([text for text, is_known in there.items() if is_known is wanted] for wanted in (True, False))
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=bool(MARKER.fullmatch(t))) for t in added])

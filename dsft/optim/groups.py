@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -31,7 +32,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     Norms, biases, embeddings (an output head tied to them and rows of new tokens included) and DoRA magnitudes are
     not decayed. With `optim.layer_decay` d, the top layer and everything above the layers learn at `optim.lr`, each
     lower layer at d times the rate of the one above it, and the embeddings at d times that of the lowest layer
-    (arXiv:1801.06146; arXiv:2003.10555). What `optim.groups` gives to parameters by their names holds over all that.
+    (arXiv:1801.06146; arXiv:2003.10555); a decoder's layers are above its encoder's. What `optim.groups` gives to
+    parameters by their names holds over all that.
     Muon takes the matrices of the layers, AdamW the rest.
 
     Args:
@@ -46,7 +48,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         UserError: If nothing is trainable, if `optim.layer_decay` meets a model without numbered layers, or if Muon
             would get no matrix.
     """
-    layers = 1 + max((_layer(name, _EMBEDDINGS) for name, _ in model.named_parameters()), default=_EMBEDDINGS)
+    below = _below_decoder(name for name, _ in model.named_parameters())
+    layers = 1 + max((_layer(name, _EMBEDDINGS, below) for name, _ in model.named_parameters()), default=_EMBEDDINGS)
     if optim.layer_decay != 1 and layers == 0:
         raise UserError(
             f"optim.layer_decay={optim.layer_decay:g}: the model's parameter names hold no numbered layers "
@@ -54,7 +57,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         )
     members: dict[_Key, list[nn.Parameter]] = defaultdict(list)
     for name, parameter, module in _trainable(model):
-        members[_key(name, parameter, module, layers, optim)].append(parameter)
+        members[_key(name, parameter, module, layers, below, optim)].append(parameter)
     _refuse_unmatched(optim, {key.own for key in members}, model)
     if not members:
         raise UserError(
@@ -76,18 +79,29 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
     return [(name, p, modules[name.rpartition(".")[0]]) for name, p in named]
 
 
-def _layer(name: str, otherwise: int) -> int:
+def _below_decoder(names: Iterable[str]) -> int:
+    """Layers of an encoder, above which its decoder's are counted; 0 of a model that has not both."""
+    layers = {(side, int(found[1])) for name in names for side in _sides(name) if (found := _LAYER.search(f".{name}"))}
+    both = {side for side, _ in layers} == {"encoder", "decoder"}
+    return 1 + max(layer for side, layer in layers if side == "encoder") if both else 0
+
+
+def _sides(name: str) -> set[str]:
+    return {"encoder", "decoder"}.intersection(name.split("."))
+
+
+def _layer(name: str, otherwise: int, below: int) -> int:
     found = _LAYER.search(f".{name}")
-    return int(found[1]) if found else otherwise
+    return int(found[1]) + below * ("decoder" in _sides(name)) if found else otherwise
 
 
-def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, optim: OptimConfig) -> _Key:
+def _key(name: str, parameter: nn.Parameter, module: nn.Module, layers: int, under: int, optim: OptimConfig) -> _Key:
     # ZeRO-3 leaves an empty tensor in a partitioned parameter's place and keeps its shape aside.
     dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
     embedding = isinstance(module, nn.Embedding) or "lora_embedding_" in name
     plain = dimensions < 2 or name.endswith("bias") or "Norm" in type(module).__name__
     plain |= name.endswith("new_weight") or "lora_magnitude" in name
-    layer = _layer(name, layers)
+    layer = _layer(name, layers, under)
     matrix = dimensions == 2 and layer < layers and not (plain or embedding)
     # A norm or projection beside the embeddings, as BERT has them, is as far from the top as they are.
     below = layer == layers and (embedding or "embeddings." in name)

@@ -1,6 +1,6 @@
 """Every kind of fine-tuning, by the name that `task=NAME` gives it."""
 
-from dsft.tasks import causal_lm, classify, extract, masked_lm, regress, tag
+from dsft.tasks import causal_lm, classify, extract, masked_lm, regress, seq2seq, tag
 from dsft.tasks.task import Task, encode
 
 __all__ = ["TASKS", "Task", "encode", "settings_by_task"]
@@ -12,6 +12,7 @@ TASKS: dict[str, Task] = {
     "regress": regress.TASK,
     "tag": tag.TASK,
     "extract": extract.TASK,
+    "seq2seq": seq2seq.TASK,
 }
 
 

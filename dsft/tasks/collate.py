@@ -14,6 +14,9 @@ from dsft.model.noise import token_keys
 from dsft.tasks.task import Context, Task, View
 from dsft.types import IGNORE_INDEX, Batch, Example
 
+DECODER = "decoder_"
+"""How the names of arrays begin that are laid out as an encoder-decoder's second text is, as `labels` then are too."""
+
 DOCUMENT = "document_"
 """How the names of arrays begin of which each document has one, of any shape, the same for all."""
 
@@ -56,12 +59,14 @@ class Collator:
         numbers = [example.number for example, _ in documents] or [0]
         counted = [example for example, view in documents if view.number == 0]
         width = max(lengths) if self.padded else None
-        tensors: dict[str, Any] = _targets(arrays, lengths, width) | self._laid_out(arrays, lengths, width)
+        written = [len(made["labels"]) for made in arrays] if f"{DECODER}labels" in arrays[0] else []
+        tensors: dict[str, Any] = _targets(arrays, written or lengths, max(written) if written else width)
+        tensors |= self._laid_out(arrays, lengths, width)
         weight = float(sum(example.weight for example in counted))
         even = bool((tensors.get(f"{TARGET}weights", np.ones(1)) == 1).all())
         tensors["weight"] = np.float64(weight)
         tensors["lengths"] = np.array(lengths)
-        tensors["noise"] = token_keys(self.context.seed, step, lengths, numbers, width)
+        tensors["noise"] = token_keys(self.context.seed, step, lengths, numbers, width and max([width, *written]))
         return Batch(
             {name: torch.as_tensor(array) for name, array in tensors.items()},
             lengths,
@@ -85,8 +90,8 @@ class Collator:
                 made[name] = np.stack(parts)
                 continue
             # filling is masked, so any token will do where there is none for it
-            pad = self.context.tokenizer.pad_token_id or 0 if name == "input_ids" else 0
-            made[name] = _lay(parts, width, pad)
+            pad = self.context.tokenizer.pad_token_id or 0 if name in ("input_ids", f"{DECODER}labels") else 0
+            made[name] = _lay(parts, max(map(len, parts)) if name.startswith(DECODER) else width, pad)
         if width is None:
             return made | {"position_ids": _lay(positions, None), "documents": cumulative(lengths)}
         return made | {"attention_mask": (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)}

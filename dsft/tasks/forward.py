@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dsft.config.schema import Attention
 from dsft.model.attention import Documents
 from dsft.model.head import POOLING
-from dsft.model.kind import logits_of
+from dsft.model.kind import is_two_sided, logits_of
 from dsft.model.layout import first_position
 from dsft.model.noise import Noise
 from dsft.tasks.nll import Asked, Nll, nll_of_logits, plain_head
@@ -39,6 +39,7 @@ class Forward:
     ):
         self.model = model
         self.by_document = by_document
+        self._two_sided = is_two_sided(self.plain.config)
         types = getattr(self.plain.config, "type_vocab_size", None) or 0
         self._keeps = "logits_to_keep" in inspect.signature(self.plain.forward).parameters
         self._typed = types > 1 and "token_type_ids" in inspect.signature(self.plain.forward).parameters
@@ -59,6 +60,10 @@ class Forward:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's keyword arguments for a batch."""
         own = {"input_ids": batch.tensors["input_ids"], "use_cache": False}
+        if self._two_sided:
+            labels = batch.tensors.get("decoder_labels")
+            # a batch without targets is read on both sides
+            own["decoder_input_ids"] = own["input_ids"] if labels is None else decoder_ids(self.plain, labels)
         if self._typed and "token_type_ids" in batch.tensors:
             own["token_type_ids"] = batch.tensors["token_type_ids"]
         if batch.padded:
@@ -117,15 +122,16 @@ class Forward:
             return self.logits(batch)[at]
         return self.model(**self.inputs(batch), logits_to_keep=at).logits[0]
 
-    def nll(self, batch: Batch) -> Nll:
-        """Negative log-likelihood of the batch's targets, in chunks where the head allows it."""
+    def nll(self, batch: Batch, smoothing: float = 0.0) -> Nll:
+        """Negative log-likelihood of the batch's targets, in chunks where the head allows it; a share `smoothing` of
+        each is spread over the vocabulary."""
         targets = batch.tensors["target_ids"]
         shares = None if batch.even else batch.tensors.get("target_weights")
         if self.head is None:
-            return nll_of_logits(self.target_logits(batch), targets, shares)
+            return nll_of_logits(self.target_logits(batch), targets, shares, smoothing)
         if self._bare:
-            return self.head(self.hidden(batch)[batch.tensors["target_at"]], targets, shares, self._chunk)
-        self.head.asked = asked = Asked(batch.tensors["target_at"], targets, shares, self._chunk)
+            return self.head(self.hidden(batch)[batch.tensors["target_at"]], targets, shares, self._chunk, smoothing)
+        self.head.asked = asked = Asked(batch.tensors["target_at"], targets, shares, self._chunk, smoothing)
         self.model(**self.inputs(batch))
         assert asked.found is not None, "the first pass has shown that the model calls its head"
         return asked.found
@@ -142,8 +148,11 @@ class Forward:
         """
         if self.head is None:
             return
-        hidden = self.hidden(batch)
-        self._bare = hidden.shape[-1] == self.head.in_features and same(self.head(hidden), logits)
+        if self.plain.base_model is not self.plain:
+            hidden = self.hidden(batch)
+            self._bare = hidden.shape[-1] == self.head.in_features and same(self.head(hidden), logits)
+        else:
+            self._bare = False  # as T5, which has no model without its head
         if self._bare:
             return
         outputs: list[torch.Tensor] = []
@@ -152,3 +161,12 @@ class Forward:
         hook.remove()
         if len(outputs) != 1 or not same(outputs[0].flatten(0, -2), logits):
             self.head = None
+
+
+def decoder_ids(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What an encoder-decoder's decoder reads to write `labels`, (documents, tokens): these behind the token that the
+    model begins with, as the model itself forms it from labels."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    first = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    return torch.cat([first, labels[:, :-1]], dim=1)

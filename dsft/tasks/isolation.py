@@ -8,7 +8,7 @@ import torch
 
 from dsft.errors import UserError
 from dsft.model.attention import cumulative
-from dsft.model.kind import Inseparable, logits_of
+from dsft.model.kind import Inseparable, plain_logits
 from dsft.model.noise import token_keys
 from dsft.tasks.forward import Forward
 from dsft.types import Batch, Example
@@ -118,7 +118,7 @@ def check(forward: Forward, probe: torch.Tensor, padded: bool) -> torch.Tensor:
 def _alone(forward: Forward, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The second document's logits by the model's own way for two rows of equal length; (tokens or 1, outputs)."""
     pair = torch.stack([first[: len(second)], second])
-    logits = logits_of(forward.model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False))[1]
+    logits = plain_logits(forward.model, pair)[1]
     return logits[None] if forward.by_document else logits
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsft.model.kind import is_two_sided
+
 LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 """Config keys by which some models bend their logits after the head (Gemma 2, Cohere, Granite), and the value that
 means "not at all"."""
@@ -88,6 +90,17 @@ class _Gradients:
             self._of_weight += grad.T @ self._hidden[rows]
 
 
+def _of_logits(
+    logits: torch.Tensor, log_sum: torch.Tensor, target: torch.Tensor, share: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    """The gradient of logits, (targets, vocabulary), in their place; the others have shape (targets, 1)."""
+    grad = logits.sub_(log_sum).exp_()
+    if smoothing:
+        grad -= smoothing / grad.shape[1]
+    grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=grad.dtype))
+    return grad if share is None else grad.mul_(share)
+
+
 class _ChunkedNll(torch.autograd.Function):
     """Summed negative log-likelihood of a linear head; the gradient is formed in the forward pass, chunk by chunk.
 
@@ -95,7 +108,8 @@ class _ChunkedNll(torch.autograd.Function):
     comes later (1 / tokens, ranks, the fp16 loss scale) is one factor in `backward`.
 
     `own`, where it is given, takes the place of the rows `at` (a slice) of `weight`; `shares`, where given, are what
-    each target counts.
+    each target counts. `smoothing` is the share of each target that is spread evenly over the vocabulary
+    (arXiv:1512.00567).
     """
 
     @staticmethod
@@ -109,6 +123,7 @@ class _ChunkedNll(torch.autograd.Function):
         targets: torch.Tensor,
         shares: torch.Tensor | None,
         chunk: int,
+        smoothing: float,
         training: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # what needs a gradient is told even where none will be asked for
@@ -129,14 +144,14 @@ class _ChunkedNll(torch.autograd.Function):
             logits -= logits.gather(1, top)
             log_sum = logits.exp().sum(-1, keepdim=True).log()
             losses, hits = log_sum - logits.gather(1, target), top == target
+            if smoothing:
+                losses += smoothing * (log_sum - logits.mean(-1, keepdim=True) - losses)
             each[rows] = losses[:, 0]
             share = None if shares is None else shares[rows, None]
             nll += (losses if share is None else losses * share).sum(dtype=torch.float64)
             correct += (hits if share is None else hits * share).sum()
             if gradients is not None:
-                grad = logits.sub_(log_sum).exp_()
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-                gradients.add(rows, grad if share is None else grad.mul_(share))
+                gradients.add(rows, _of_logits(logits, log_sum, target, share, smoothing))
         ctx.save_for_backward(*(gradients.made if gradients is not None else (None,) * 4))
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias, own))
         ctx.mark_non_differentiable(correct, each)
@@ -152,7 +167,7 @@ class _ChunkedNll(torch.autograd.Function):
                 None if grad is None else grad.mul_(scale).to(dtype)
                 for grad, dtype in zip(rest, ctx.dtypes[1:], strict=True)
             ),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -162,6 +177,7 @@ def _head_forward(
     targets: torch.Tensor | None = None,
     shares: torch.Tensor | None = None,
     chunk: int = 0,
+    smoothing: float = 0.0,
 ) -> torch.Tensor | Nll:
     """A linear layer's forward that also knows how to return its loss; takes the place of `nn.Linear.forward`.
 
@@ -174,13 +190,15 @@ def _head_forward(
         return F.linear(hidden, self.weight, self.bias)
     if targets is None:
         self.asked = None
-        asked.found = self.forward(hidden.flatten(0, -2)[asked.at], asked.targets, asked.shares, asked.chunk)
+        how = asked.targets, asked.shares, asked.chunk, asked.smoothing
+        asked.found = self.forward(hidden.flatten(0, -2)[asked.at], *how)
         return hidden.new_empty(*hidden.shape[:-1], 0)
     own, bias = getattr(self, "new_weight", None), self.bias
     at: Any = getattr(self, "new_rows", None)
     if hasattr(self, "new_bias"):
         bias = torch.cat([bias[: at.start], self.new_bias, bias[at.stop :]])
-    return Nll(*_ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, shares, chunk, torch.is_grad_enabled()))
+    options = chunk, smoothing, torch.is_grad_enabled()
+    return Nll(*_ChunkedNll.apply(hidden, self.weight, bias, own, at, targets, shares, *options))
 
 
 @dataclass
@@ -192,6 +210,7 @@ class Asked:
         targets: Their ids.
         shares: What each counts, or None.
         chunk: Targets whose logits exist at once.
+        smoothing: Share of each target that is spread over the vocabulary.
         found: The loss, once the head has been called.
     """
 
@@ -199,6 +218,7 @@ class Asked:
     targets: torch.Tensor
     shares: torch.Tensor | None
     chunk: int
+    smoothing: float
     found: Nll | None = None
 
 
@@ -211,7 +231,7 @@ def plain_head(model: PreTrainedModel) -> Any:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     bent = any(getattr(config, key, None) not in (None, neutral) for key, neutral in LOGIT_SETTINGS.items())
-    if type(head) is not nn.Linear or bent or not hasattr(model, model.base_model_prefix):
+    if type(head) is not nn.Linear or bent or not (is_two_sided(config) or hasattr(model, model.base_model_prefix)):
         return None
     return with_loss(head)
 
@@ -222,9 +242,11 @@ def with_loss(head: Any) -> Any:
     return head
 
 
-def nll_of_logits(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None = None) -> Nll:
+def nll_of_logits(
+    logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None = None, smoothing: float = 0.0
+) -> Nll:
     """The same from logits, shape (targets, vocabulary)."""
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
     hits = logits.detach().argmax(-1) == targets
     if shares is None:
         return Nll(losses.sum(dtype=torch.float64), hits.sum().double(), losses.detach())

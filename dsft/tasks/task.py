@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import xxhash
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data.prompting import Prompting, left_out
@@ -135,6 +135,7 @@ class Task:
         target: What the examples' weights count, as metrics name it: `supervised_tokens`, `labels`.
         settings: Those settings that not all tasks read, and this one does.
         encoded: Of its own section's settings (`task.NAME`) those that `encode` reads.
+        ready: (tokenizer, the task's section of the config) -> None; sets what a tokenizer has to be told.
         settle: (context, data, names of the outputs of the model's own head) -> the context with what only all records
             together tell, such as which labels there are. None if there is nothing of the kind.
         head: (context) -> the head that the model gets; of `kind.headed` alone.
@@ -154,6 +155,7 @@ class Task:
     target: str
     settings: frozenset[str] = frozenset()
     encoded: frozenset[str] = frozenset()
+    ready: Callable[[PreTrainedTokenizerBase, TaskConfig], None] | None = None
     settle: Callable[[Context, Prepared, list[str]], Context] | None = None
     head: Callable[[Context], Head] | None = None
     judge: Judge | None = None

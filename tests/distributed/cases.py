@@ -41,7 +41,7 @@ class Examples(list):
 
     def __init__(self, examples):
         super().__init__(replace(example, number=number) for number, example in enumerate(examples))
-        self.lengths = np.array([len(e.ids) for e in examples], dtype=np.int32)
+        self.lengths = np.array([e.tokens for e in examples], dtype=np.int32)
         self.weights = np.array([e.weight for e in examples])
 
 
@@ -49,6 +49,8 @@ def examples_of(task: str, count: int, vocabulary: int = 400, weighed: bool = Fa
     """A data set of a task; `weighed` as `tiny.weighed_examples` makes them."""
     if weighed:
         return Examples(tiny.weighed_examples(count))
+    if task == "seq2seq":
+        return Examples(tiny.written_examples(count))
     if task == "tag":
         return Examples(tiny.tagged_examples(count))
     if task == "extract":

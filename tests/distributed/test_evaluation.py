@@ -209,6 +209,30 @@ def test_answers_in_texts_for_any_batch_size_and_world(pools, tmp_path_factory, 
         assert found["eval/exact"] == pytest.approx(exact / counts, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch_size", "stage", "family"),
+    pairwise.cases((1, 2), (1, 7), ("zero2", "zero3"), ("t5", "bart")),
+)
+def test_texts_from_texts_for_any_batch_size_and_world(pools, tmp_path, ranks, micro_batch_size, stage, family):
+    """23 texts divide by neither; the loss is transformers' own of single texts."""
+    model = tiny.two_sided(family)
+    model.save_pretrained(tmp_path)
+    nll = correct = tokens = 0.0
+    for example in tiny.written_examples(EXAMPLES):
+        labels = torch.from_numpy(example.columns["target_ids"].astype(np.int64))[None]
+        with torch.no_grad():
+            found = model(input_ids=torch.from_numpy(example.ids.astype(np.int64))[None], labels=labels)
+        counts = float(example.columns["counts"][0])
+        nll += float(found.loss) * labels.shape[1] * counts
+        correct += float((found.logits.argmax(-1) == labels).sum()) * counts
+        tokens += labels.shape[1] * counts
+    options = {"micro_batch_size": micro_batch_size, "stage": stage, "examples": EXAMPLES, "task": "seq2seq"}
+    for found in pools(ranks).run(cases.evaluate, model_dir=str(tmp_path), padded=True, **options):
+        assert found["eval/loss"] == pytest.approx(nll / tokens, rel=1e-6)
+        assert found["eval/token_accuracy"] == pytest.approx(correct / tokens, rel=1e-6)
+        assert found["eval/examples"] == EXAMPLES
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_answers_are_those_of_transformers(pools, model_dir, stage):
     """Greedy answers under ZeRO-3 equal a plain generate (LLaMA-Factory#5629)."""

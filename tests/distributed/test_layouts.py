@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -63,6 +64,8 @@ DEBERTA = {"relative_attention": True} | dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout"), 0.0
 )
 HUBER = {"regression_loss": RegressionLoss.huber, "huber_delta": 0.5}
+BART = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.1)
+SMOOTHED = {"label_smoothing": 0.1}
 LFM = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
 WAYS = {
     "bert": Way("BERT with dropout, flat rows", "bert", "bfd", model=DROPOUT),
@@ -80,6 +83,8 @@ WAYS = {
     "tag llama": Way("Tags: Llama, padded", "llama", "padded", "tag"),
     "extract bert": Way("Answers: BERT with dropout, flat rows", "bert", "bfd", "extract", DROPOUT),
     "extract modernbert": Way("Answers: ModernBERT, padded", "modernbert", "padded", "extract", MODERN),
+    "t5": Way("Texts from texts: T5 with dropout", "t5", "padded", "seq2seq", {"dropout_rate": 0.1}),
+    "bart": Way("Texts from texts, smoothed: BART with dropout", "bart", "padded", "seq2seq", BART, SMOOTHED),
     "lfm2": Way("LFM2 (convolutions and attention), padded", "lfm2", "padded", "causal_lm", LFM),
 }
 RANKS, ACCUMULATION, STAGES = (1, 2), (1, 3), ("zero0", "zero2", "zero3")
@@ -92,7 +97,8 @@ def model_dirs(tmp_path_factory):
     made = {}
     for name, way in WAYS.items():
         made[name] = str(tmp_path_factory.mktemp(way.family))
-        make = {"masked_lm": tiny.masked, "causal_lm": tiny.causal}.get(way.task, tiny.classifier)
+        makes = {"masked_lm": tiny.masked, "causal_lm": tiny.causal, "seq2seq": tiny.two_sided}
+        make = makes.get(way.task, tiny.classifier)
         names = {"regress": ("a", "b"), "tag": tiny.TAGS, "extract": tiny.ENDS}.get(way.task)
         make = partial(make, names=names) if names else make
         make(way.family, "eager", **({"vocab_size": 400} | way.model)).save_pretrained(made[name])
@@ -138,6 +144,8 @@ def target_loss(model, way: Way, example, epoch: int) -> torch.Tensor:
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    if way.task == "seq2seq":
+        return written_loss(model, way, example, ids)
     if way.task == "extract":
         return asked_loss(model, way, example, ids)
     if way.task == "tag":
@@ -172,6 +180,16 @@ def tagged_loss(model, example, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") * example.weight / len(at)
 
 
+def written_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of one text's target, smoothed over the vocabulary by its formula, times what its record counts."""
+    target = torch.from_numpy(example.columns["target_ids"].astype(np.int64))[None]
+    logs = model(input_ids=ids, labels=target, use_cache=False).logits[0].log_softmax(-1)
+    smoothing = way.settings.get("label_smoothing", 0.0)
+    right = logs.gather(1, target[0, :, None])[:, 0]
+    each = -(1 - smoothing) * right - smoothing * logs.mean(-1)
+    return (each * torch.from_numpy(example.columns["counts"])).sum()
+
+
 def asked_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     """The loss of one window, as transformers itself forms it, times what its record counts."""
     typed = {"token_type_ids": torch.from_numpy(example.columns["token_types"].astype(np.int64))[None]}
@@ -193,8 +211,20 @@ def rated_loss(model, way: Way, example, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(error.abs() <= delta, inner, outer).mean() * example.weight
 
 
+def alone(noise: Noise, model, way: Way, example, step: tuple[int, int]) -> torch.Tensor:
+    """The summed loss of one example alone, with its noise."""
+    if way.task != "seq2seq":
+        tiny.begin(noise, step, [example.tokens], [example.number])
+        return target_loss(model, way, example, step[0])
+    width, written = len(example.ids), len(example.columns["target_ids"])
+    tiny.begin(noise, step, [width], [example.number], width, written=written)
+    with noise.drawing():
+        return target_loss(model, way, example, step[0])
+
+
 def plain_loop(model_dir: str, way: Way):
     autos = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
+    autos |= {"seq2seq": AutoModelForSeq2SeqLM}
     autos |= {"tag": AutoModelForTokenClassification, "extract": AutoModelForQuestionAnswering}
     auto = autos.get(way.task, AutoModelForSequenceClassification)
     model = auto.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
@@ -204,13 +234,16 @@ def plain_loop(model_dir: str, way: Way):
         AttentionMaskInterface.register("written_out_both", lambda *_, **__: None)
         model.set_attn_implementation("written_out_both")
     model.train()
+    data = cases.examples_of(way.task, EXAMPLES)
+    if way.task == "seq2seq":
+        # its attention is transformers' own, whose dropout is met in it
+        noise.rehearse(partial(alone, noise, model, way, data[0], (0, 0)))
     trained = list(model.named_parameters())
-    undecayed = [p for n, p in trained if p.dim() < 2 or re.search("norm|Norm|embed", n)]
+    undecayed = [p for n, p in trained if p.dim() < 2 or re.search("norm|Norm|embed|shared|relative_attention_bias", n)]
     decayed = [p for _, p in trained if all(p is not u for u in undecayed)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}], lr=1e-3, foreach=False
     )
-    data = cases.examples_of(way.task, EXAMPLES)
     plan = cases.planner(data, way.packing, GLOBAL_BATCH)
     losses, norms, moved, epoch, place = [], [], set[str](), 0, 0
     for number in range(STEPS):
@@ -221,8 +254,7 @@ def plain_loop(model_dir: str, way: Way):
         optimizer.zero_grad()
         total = 0.0
         for example in batch:
-            tiny.begin(noise, (epoch, place), [example.tokens], [example.number])
-            loss = target_loss(model, way, example, epoch) / weight
+            loss = alone(noise, model, way, example, (epoch, place)) / weight
             loss.backward()
             total += float(loss.detach())
         norms.append(clip([p.grad for _, p in trained if p.grad is not None], 1.0))

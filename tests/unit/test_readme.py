@@ -20,6 +20,7 @@ from dsft.tasks import TASKS, settings_by_task
 from dsft.tasks.classify import SHAPES as LABELLED
 from dsft.tasks.conversation import SHAPES
 from dsft.tasks.extract import SHAPES as ASKED
+from dsft.tasks.seq2seq import SHAPES as WRITTEN
 from dsft.tasks.tag import SHAPES as TAGGED
 from dsft.tasks.task import read as read_record
 
@@ -72,10 +73,10 @@ def test_no_setting_or_metric_is_described_in_two_places():
 
 def test_every_shape_of_record_is_shown_and_read(readme):
     shown = [json.loads(record) for record in re.findall(r'`(\{"\w+": .+?\})`', readme)]
-    others = [record for record in shown if record.keys() & {"label", "tags", "context"}]
+    others = [record for record in shown if record.keys() & {"label", "tags", "context", "target"}]
     shown = [record for record in shown if record not in others]
-    assert [type(read_record(LABELLED | TAGGED | ASKED, record, "README")).__name__ for record in others] == [
-        "Labelled", "Tagged", "Question",
+    assert [type(read_record(LABELLED | TAGGED | ASKED | WRITTEN, record, "README")).__name__ for record in others] == [
+        "Labelled", "Tagged", "Question", "Pair",
     ]  # fmt: skip
     read = [tiny.conversation(record, "README") for record in shown]
     assert len(shown) == len(SHAPES)

@@ -275,7 +275,7 @@ def test_the_nearest_sizes_offered_are_accepted():
 
 
 MODEL = {
-    "max_length": 8192,
+    "lengths": {"data.max_length": 8192},
     "max_position_embeddings": 8192,
     "embeddings": 100,
     "tokens": 100,
@@ -286,9 +286,9 @@ MODEL = {
 
 def test_rows_fit_the_models_positions():
     check_model(**MODEL)
-    check_model(**MODEL | {"max_length": 10**6, "max_position_embeddings": None})
-    with pytest.raises(UserError, match=r"data\.max_length=8193.*8192 positions.*model\.path"):
-        check_model(**MODEL | {"max_length": 8193})
+    check_model(**MODEL | {"lengths": {"data.max_length": 10**6}, "max_position_embeddings": None})
+    with pytest.raises(UserError, match=r"data\.max_target_length=8193.*8192 positions.*model\.path"):
+        check_model(**MODEL | {"lengths": {"data.max_length": 1, "data.max_target_length": 8193}})
 
 
 def test_every_token_has_an_embedding():
