@@ -142,7 +142,7 @@ def plan(config: Config, place: Place) -> Plan:
     check.check_task(config.task.name, TASKS)
     task = TASKS[config.task.name]
     sizes = check.resolve_batch(config.batch, place.world_size)
-    precision = _precision(config.precision)
+    precision = precision_of(config.precision)
     ds = _ds_config(config, sizes, precision, place)
     given = cli.given()
     warn(place, check.check(config, ds, place.world_size, settings_by_task(), _comparable(config, task), given))
@@ -546,7 +546,12 @@ def warn(place: Place, warnings: list[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _precision(wanted: Precision) -> Precision:
+def precision_of(wanted: Precision) -> Precision:
+    """What a precision means here.
+
+    Raises:
+        UserError: The device does not compute in it.
+    """
     if wanted is Precision.auto:
         return Precision.bf16 if computes_bf16() else Precision.fp32
     if wanted is Precision.fp16 and not computes_fp16():

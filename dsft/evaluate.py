@@ -128,8 +128,8 @@ class Evaluator:
         task, context = self._collator.task, self._collator.context
         if task.sample is None:
             return found, problems
-        with engine.inference() as module, _own_settings(module.model) as model:
-            sampling = Sampling(model, self._world.device, self._stop_tokens)
+        with engine.inference() as module, own_settings(module.model) as model:
+            sampling = Sampling(model, self._world.device, self._stop_tokens, context.train.sample_tokens)
             for number in range(min(context.train.samples, len(self._dataset))):
                 make = partial(task.sample, sampling, self._dataset[number], context)
                 texts, problem = self._together(engine, make)
@@ -160,7 +160,7 @@ class Evaluator:
 
 
 @contextmanager
-def _own_settings(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def own_settings(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The transformers model with empty generation settings, for it fills in from its own what a caller leaves open."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     settings, plain.generation_config = getattr(plain, "generation_config", None), GenerationConfig()

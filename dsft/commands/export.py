@@ -6,7 +6,7 @@ What the model is made of stands in the checkpoint alone; the run's directory ma
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dsft.model import tuning, vocabulary
 from dsft.model.head import Head
 from dsft.model.kind import Kind
 from dsft.tasks import TASKS
+from dsft.types import Probe
 
 
 def export(
@@ -42,43 +43,90 @@ def export(
     Raises:
         UserError: No such run or checkpoint, a damaged one, another base model, a full disk, another model written.
     """
-    run_dir = Path(run_dir).expanduser()
-    output = Path(output).expanduser() if output else run_dir / "model"
-    path = checkpoint.find(run_dir, which)
-    if problem := checkpoint.damage(path):
-        raise UserError(f"{path} is no whole checkpoint: {problem}")
-    state = checkpoint.read_state(path)
-    record, probe = checkpoint.read_record(path)
-    config = load.parse_yaml(record.config, str(path / checkpoint.CONFIG))
-    _check_merge(config, merge, path)
+    output = Path(output).expanduser() if output else Path(run_dir).expanduser() / "model"
     writing.check_replaceable(output)
-    dtype = assemble.DTYPES[Precision[state["identity"]["precision"]]]
-    kind = TASKS[config.task.name].kind
-    source = _source(config, state["identity"], model_path, kind)
-    model = _model(config, state, source, dtype, merge)
-    put_weights(model, checkpoint.weights(path), str(path))
+    kept = read(run_dir, which)
+    _check_merge(kept.config, merge, kept.path)
+    model = kept.model(kept.source(model_path), kept.dtype, "eager", merge)
     report = writing.write_model(
         model,
-        record.companions,
+        kept.record.companions,
         output,
         gather=lambda parameters: nullcontext(),
         is_writer=True,
         merge=merge,
-        dtype=dtype,
-        kind=kind,
-        probe=probe,
+        dtype=kept.dtype,
+        kind=kept.kind,
+        probe=kept.probe,
     )
     assert report is not None
     return output, report
 
 
-def _source(config: Config, identity: dict[str, Any], model_path: str | None, kind: Kind) -> models.ModelSource:
-    """The run's base model, with the head that was put on it."""
-    source = base_model(identity[checkpoint.MODEL], model_path, config.data.cache_dir, kind)
-    if not kind.headed:
-        return source
-    allowed = tuple(config.model.allow_missing)
-    return replace(source, head=Head.restored(identity[checkpoint.HEAD]), allow_missing=allowed)
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint, read.
+
+    Attributes:
+        path: Its directory.
+        state: Its plain part.
+        record: What it keeps of its run.
+        probe: What its model answered.
+        config: The run's.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    record: checkpoint.Record
+    probe: Probe
+    config: Config
+
+    @property
+    def kind(self) -> Kind:
+        """What the run's task trains."""
+        return TASKS[self.config.task.name].kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in training."""
+        return assemble.DTYPES[Precision[self.state["identity"]["precision"]]]
+
+    def source(self, model_path: str | None) -> models.ModelSource:
+        """The run's base model, with the head that was put on it.
+
+        Raises:
+            UserError: As `base_model`.
+        """
+        identity, config = self.state["identity"], self.config
+        source = base_model(identity[checkpoint.MODEL], model_path, config.data.cache_dir, self.kind)
+        if not self.kind.headed:
+            return source
+        allowed = tuple(config.model.allow_missing)
+        return replace(source, head=Head.restored(identity[checkpoint.HEAD]), allow_missing=allowed)
+
+    def model(self, source: models.ModelSource, dtype: torch.dtype, implementation: str, merge: bool) -> nn.Module:
+        """The trained model, with its adapters; arguments as for `assemble.load_tuned`, and whether they can be merged.
+
+        Raises:
+            UserError: The checkpoint does not fit.
+        """
+        model = _model(self.config, self.state, source, dtype, implementation, merge)
+        put_weights(model, checkpoint.weights(self.path), str(self.path))
+        return model
+
+
+def read(run_dir: Path, which: str) -> Kept:
+    """The checkpoint of a run that is called `best`, `last` or by its step.
+
+    Raises:
+        UserError: There is no such run or checkpoint, or it is damaged.
+    """
+    path = checkpoint.find(Path(run_dir).expanduser(), which)
+    if problem := checkpoint.damage(path):
+        raise UserError(f"{path} is no whole checkpoint: {problem}")
+    record, probe = checkpoint.read_record(path)
+    config = load.parse_yaml(record.config, str(path / checkpoint.CONFIG))
+    return Kept(path, checkpoint.read_state(path), record, probe, config)
 
 
 def _check_merge(config: Config, merge: bool, path: Path) -> None:
@@ -116,7 +164,12 @@ def base_model(then: dict[str, Any], model_path: str | None, cache_dir: str, kin
 
 
 def _model(
-    config: Config, state: dict[str, Any], source: models.ModelSource, dtype: torch.dtype, merge: bool
+    config: Config,
+    state: dict[str, Any],
+    source: models.ModelSource,
+    dtype: torch.dtype,
+    implementation: str,
+    merge: bool,
 ) -> nn.Module:
     """The model as it was built for training, with its new tokens, its adapters as they were."""
     words = vocabulary.Vocabulary.of(state["new_tokens"])
@@ -125,7 +178,7 @@ def _model(
             f"merge=false writes adapters alone, but the run has {len(words.pieces)} new tokens, whose rows the base "
             f"model {source.path} lacks. Leave merge=false out."
         )
-    model = assemble.load_tuned(config, source, words, dtype, "eager", lambda parameters: nullcontext())
+    model = assemble.load_tuned(config, source, words, dtype, implementation, lambda parameters: nullcontext())
     tuning.check_adapters(model, state["adapters"])
     return model
 

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -135,6 +135,22 @@ def parse_yaml(text: str, origin: str) -> Config:
 def to_yaml(config: Config) -> str:
     """The config as YAML that `load_yaml` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config), escape=True)))
+
+
+def changed(config: Config, given: Mapping[str, Any]) -> Config:
+    """The config with other values, by the dotted names of their settings.
+
+    Raises:
+        UserError: One is of a wrong type.
+    """
+    tree = _plain(asdict(config), escape=True)
+    for name, value in given.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return _typed(OmegaConf.create(tree))
 
 
 def diff(old: Config, new: Config) -> list[str]:

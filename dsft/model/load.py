@@ -96,7 +96,7 @@ def resolve(
     Raises:
         UserError: There is no such model; the message names what was tried.
     """
-    local = _inside_package(path) if path.startswith("package://") else Path(path).expanduser()
+    local = local_path(path)
     if local.is_symlink() and not local.exists():
         raise UserError(f"model.path={path} is {disguise(local)}.")
     if local.is_file() and local.suffix == ".gguf":
@@ -105,7 +105,7 @@ def resolve(
     if local.is_dir():
         directories.check_directory(path, local, kind)
         files = _file_digests(local)
-        fingerprint = _digest(*(part for item in files.items() for part in item))
+        fingerprint = _digest_of(files)
         return ModelSource(
             str(local.resolve()), None, fingerprint, path, _anywhere(path, local), _decisive(files), kind
         )
@@ -114,6 +114,20 @@ def resolve(
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".gguf"):
         raise UserError(f"model.path={path}: no file or directory at {local.absolute()}. {FORMS}")
     return _on_hub(path, revision, kind)
+
+
+def local_path(path: str) -> Path:
+    """Where `path` is on this machine, if it is no hub id; what is inside of a package is not imported.
+
+    Raises:
+        UserError: The package has no such file.
+    """
+    return _inside_package(path) if path.startswith("package://") else Path(path).expanduser()
+
+
+def fingerprint(directory: Path) -> str:
+    """Hex digest of a directory's files."""
+    return _digest_of(_file_digests(directory))
 
 
 def on_hub(path: str) -> bool:
@@ -496,6 +510,10 @@ def _first_line(error: Exception) -> str:
 def _digest(*parts: object) -> str:
     """Hex digest of the parts in order."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8")).hexdigest()
+
+
+def _digest_of(files: dict[str, str]) -> str:
+    return _digest(*(part for item in files.items() for part in item))
 
 
 def _file_digests(directory: Path, edge: int = 1 << 20) -> dict[str, str]:

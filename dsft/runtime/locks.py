@@ -15,8 +15,8 @@ LOCK = ".lock"
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Hold the run directory for this process alone, and leave it as if it had never been held.
+def hold(directory: Path, name: str = "run_dir") -> Iterator[None]:
+    """Hold a directory for this process alone, and leave it as if it had never been held; messages call it `name`.
 
     The directory is made where it is missing. On leaving, the lock file and whatever was made goes away again, unless
     something has been put into it meanwhile.
@@ -39,19 +39,19 @@ def hold(directory: Path) -> Iterator[None]:
                 path.rmdir()
 
     with given_back(leave):
-        with _wording(directory):
+        with _wording(directory, name):
             directory.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         yield
 
 
 @contextmanager
-def _wording(run_dir: Path) -> Iterator[None]:
+def _wording(directory: Path, name: str) -> Iterator[None]:
     try:
         yield
     except filelock.Timeout:
-        raise UserError(f"another run is using run_dir={run_dir}; wait for it, or choose another run_dir") from None
+        raise UserError(f"another run is using {name}={directory}; wait for it, or choose another {name}") from None
     except NotImplementedError:
-        raise UserError(f"run_dir={run_dir} is on a file system without locks; choose another place") from None
+        raise UserError(f"{name}={directory} is on a file system without locks; choose another place") from None
     except OSError as problem:
-        raise UserError(f"run_dir={run_dir} cannot be written to: {problem.strerror}") from None
+        raise UserError(f"{name}={directory} cannot be written to: {problem.strerror}") from None

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
-import torch
-from transformers import GenerationConfig
 
 from dsft.config.schema import DataConfig, OnOverflow, TaskConfig
 from dsft.metrics import Metric, mean
 from dsft.model.kind import CAUSAL
-from dsft.tasks.conversation import SHAPES, Conversation
+from dsft.tasks.conversation import ASKED, SHAPES, Conversation
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
 from dsft.tasks.nll import perplexity
 from dsft.tasks.render import Rendering, render
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View
+from dsft.tasks.template import chat_template
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example
 
 UNSUPERVISED = "no supervised tokens"
@@ -97,27 +97,49 @@ def split_prompt(example: Example) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, str]:
-    """The greedy answer to an example's prompt, in at most `train.sample_tokens` tokens.
+    """The answer to an example's prompt.
 
     Raises:
         ValueError: The prompt leaves no room for one.
     """
-    prompt, reference = split_prompt(example)
+    prompt, reference = (part.tolist() for part in split_prompt(example))
+    parts = {"prompt": prompt, "reference": reference, "answer": _answered(sampling, prompt, context)}
+    return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
+
+
+def write(sampling: Sampling, record: Conversation, context: Context) -> dict[str, Any]:
+    """The answer to a chat's last question, or how a text goes on; beside the answer that the chat has, if any.
+
+    Raises:
+        ValueError: It leaves no room for an answer, or the chat template refuses it.
+    """
+    tokenizer, turns, told = context.tokenizer, list(record.messages), dict[str, Any]()
+    if record.text is not None:
+        ids = open_end(tokenizer, record.text)
+    else:
+        if turns[-1]["role"] == "assistant":
+            told["reference"] = turns.pop()["content"]
+        text, _ = chat_template(tokenizer, record.tools).write(turns, record.tools, prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    answer = _answered(sampling, ids, context)
+    return {"prediction": tokenizer.decode(answer, skip_special_tokens=True)} | told
+
+
+def open_end(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with what the tokenizer puts in front of it, and without what it puts behind."""
+    plain, framed = (
+        tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
+    begin = next((at for at in range(len(framed) - len(plain) + 1) if framed[at : at + len(plain)] == plain), 0)
+    return framed[: begin + len(plain)]
+
+
+def _answered(sampling: Sampling, prompt: list[int], context: Context) -> list[int]:
     positions = getattr(sampling.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room = min(context.train.sample_tokens, positions - len(prompt))
+    room = positions - len(prompt)
     if room < 1:
         raise ValueError("the prompt alone fills the model")
-    ids = torch.from_numpy(prompt.astype(np.int64))[None].to(sampling.device)
-    settings = GenerationConfig(
-        max_new_tokens=room,
-        do_sample=False,
-        pad_token_id=context.tokenizer.pad_token_id,
-        eos_token_id=sampling.stop_tokens or None,
-    )
-    output = sampling.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    answer = output[0, ids.shape[1] :].tolist()
-    parts = {"prompt": prompt.tolist(), "reference": reference.tolist(), "answer": answer}
-    return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
+    return sampling.generate(prompt, context.tokenizer.pad_token_id, room)[len(prompt) :]
 
 
 METRICS = {
@@ -146,4 +168,6 @@ TASK = Task(
         "data.reasoning model.chat_template model.logits_chunk train.samples train.sample_tokens".split()
     ),
     sample=sample,
+    asked=ASKED,
+    write=write,
 )

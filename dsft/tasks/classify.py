@@ -21,7 +21,7 @@ from dsft.tasks import labels as naming
 from dsft.tasks import texts
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Examples, Outcome, Task, View
+from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, View
 from dsft.types import Batch, Dropped, Example
 
 SHOWN = 100
@@ -33,19 +33,20 @@ class Labelled(texts.Texts):
     """A text, or two, with labels.
 
     Attributes:
-        labels: Names of its labels.
+        labels: Names of its labels; None where they are to be told.
     """
 
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
 
 
-def _labelled(names: tuple[str, ...], label: str, fields: Fields, origin: str) -> Labelled:
-    """The record that a row holds.
+def _labelled(names: tuple[str, ...], label: str | None, fields: Fields, origin: str) -> Labelled:
+    """The record that a row holds, without labels where no field has them.
 
     Raises:
         ValueError: A text is missing or empty, or a label is none; the message names the field.
     """
-    return Labelled(**texts.read(names, fields, origin), labels=_labels(fields[label], label))
+    labels = None if label is None else _labels(fields[label], label)
+    return Labelled(**texts.read(names, fields, origin), labels=labels)
 
 
 def _labels(value: Any, field: str) -> tuple[str, ...]:
@@ -59,6 +60,9 @@ def _labels(value: Any, field: str) -> tuple[str, ...]:
 SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Labelled]] = {
     (*names, label): partial(_labelled, names, label) for label in ("label", "labels") for names in texts.PAIRS
 }
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Labelled]] = {
+    names: partial(_labelled, names, None) for names in texts.PAIRS
+}
 
 
 def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Dropped:
@@ -68,7 +72,7 @@ def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Drop
         ValueError: It has other than one label where it is to have one.
         UserError: As `texts.tokens`.
     """
-    if not context.task.multi_label and len(record.labels) != 1:
+    if record.labels is not None and not context.task.multi_label and len(record.labels) != 1:
         raise ValueError(
             f"it has {len(record.labels)} labels: set task.multi_label=true if a record may have several, or none"
         )
@@ -76,8 +80,10 @@ def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Drop
     if isinstance(made, Dropped):
         return made
     columns, cut = made
-    columns[naming.COLUMN] = naming.keys(record.labels)
-    return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut, labels=record.labels)]
+    if record.labels is not None:
+        columns[naming.COLUMN] = naming.keys(record.labels)
+    names = record.labels or ()
+    return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut, labels=names)]
 
 
 def settle(context: Context, data: Prepared, own: list[str]) -> Context:
@@ -115,6 +121,8 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
 
     In training labels count by how they are balanced; an evaluation is the same with and without.
     """
+    if naming.COLUMN not in example.columns:
+        return texts.inputs(example.columns)
     training = view.epoch >= 0
     balanced = np.array(context.labels.weights if training else np.ones(len(context.labels.names)), np.float32)
     numbers = context.labels.numbers(example.columns[naming.COLUMN])
@@ -135,7 +143,7 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     """
     logits = forward.logits(batch).float()
     if "document_target" not in batch.tensors:
-        return Outcome(logits.sum(dtype=torch.float64) * 0)
+        return Outcome(logits.sum(dtype=torch.float64) * 0, rows={"logits": logits.detach()})
     target, counts = batch.tensors["document_target"], batch.tensors["document_weight"]
     training = forward.model.training
     smoothing = settings.label_smoothing if training else 0.0
@@ -183,6 +191,15 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
     return numbers, {"labels": dict(zip(names, each))} | about
 
 
+def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
+    """The likeliest label, or all that are likelier than not where there may be several; and how probable each is."""
+    names, logits = context.labels.names, torch.from_numpy(rows["logits"]).double()
+    several = context.task.multi_label
+    for number, each in enumerate((logits.sigmoid() if several else logits.softmax(-1)).tolist()):
+        told = [name for name, p in zip(names, each) if p > 0.5] if several else names[int(np.argmax(each))]
+        yield data[number].record, {"prediction": told, "probabilities": dict(zip(names, each))}
+
+
 METRICS = {
     "loss": Metric("nats per record", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
     "accuracy": judged(
@@ -223,6 +240,8 @@ TASK = Task(
     settle=settle,
     head=head,
     judge=judge,
+    asked=ASKED,
+    answer=answer,
     settings=frozenset(
         "data.balance model.allow_missing task.labels task.multi_label task.balance task.effective_beta "
         "task.label_weights task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()

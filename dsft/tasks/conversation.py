@@ -94,16 +94,20 @@ def plain_text(fields: Fields, origin: str) -> Conversation:
 
 
 def _chat(
-    name: str, messages_of: Callable[[Fields], list[Message]], context_of: Callable[[Fields], int] | None = None
+    name: str,
+    messages_of: Callable[[Fields], list[Message]],
+    context_of: Callable[[Fields], int] | None = None,
+    asked: bool = False,
 ) -> Callable[[Fields, str], Conversation]:
-    """What makes a conversation of a row, from what makes its messages."""
-    return partial(_conversation, messages_of, context_of, name)
+    """What makes a conversation of a row, from what makes its messages; one that is `asked` may want an answer."""
+    return partial(_conversation, messages_of, context_of, name, asked)
 
 
 def _conversation(
     messages_of: Callable[[Fields], list[Message]],
     context_of: Callable[[Fields], int] | None,
     name: str,
+    asked: bool,
     fields: Fields,
     origin: str,
 ) -> Conversation:
@@ -121,7 +125,7 @@ def _conversation(
             raise ValueError(f"field `system` stands beside a system turn in `{name}`: leave one of them out")
         messages.insert(0, {"role": "system", "content": text_of(fields["system"], "system")})
         context += bool(context)
-    _check_turns(messages, name)
+    _check_turns(messages, name, asked)
     carried = [message.pop("weight", None) for message in messages]
     left = {key for message in messages for key in message.pop("left", ())}
     extra = {key for message in messages for key in message if key not in KNOWN}
@@ -161,11 +165,22 @@ def _side(value: Any, field: str, role: str) -> list[Message]:
     return _turns(value, field)
 
 
+def _asked(question: str, fields: Fields) -> list[Message]:
+    return _side(fields[question], question, "user")
+
+
 def _pair(question: str, answer: str, fields: Fields) -> list[Message]:
     return _side(fields[question], question, "user") + _side(fields[answer], answer, "assistant")
 
 
 def _instruction(fields: Fields) -> list[Message]:
+    messages = _instructed(fields)
+    messages.append({"role": "assistant", "content": text_of(fields["output"], "output", empty=False)})
+    media.refuse_placeholders(messages[-1]["content"], "instruction+output")
+    return messages
+
+
+def _instructed(fields: Fields) -> list[Message]:
     messages: list[Message] = []
     history = fields.get("history") or []
     if not isinstance(history, list | tuple):
@@ -177,7 +192,6 @@ def _instruction(fields: Fields) -> list[Message]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     parts = [text_of(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
     messages.append({"role": "user", "content": text_of("\n\n".join(parts), "instruction", empty=False)})
-    messages.append({"role": "assistant", "content": text_of(fields["output"], "output", empty=False)})
     for message in messages:
         media.refuse_placeholders(message["content"], "instruction+output")
     return messages
@@ -256,10 +270,12 @@ def _tools(fields: Fields, messages: list[Message]) -> list[dict[str, Any]] | No
     return next(iter(found.values()), None)
 
 
-def _check_turns(messages: list[Message], field: str) -> None:
+def _check_turns(messages: list[Message], field: str, asked: bool) -> None:
     turns = [message for message in messages if message["role"] not in ("system", "developer")]
-    if not any(turn["role"] == "assistant" for turn in turns):
+    if not asked and not any(turn["role"] == "assistant" for turn in turns):
         raise ValueError(f"field `{field}` has no assistant turn to learn from")
+    if not turns:
+        raise ValueError(f"field `{field}` has no turn")
     if turns[0]["role"] != "user":
         raise ValueError(f"field `{field}`: the first turn is the {turns[0]['role']}'s, but the user's is expected")
     for number, message in enumerate(messages):
@@ -278,3 +294,13 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Conversation]] = {
     ("text",): plain_text,
 }
 """Fields that a shape needs -> what makes a conversation of a row that has them; the first that fits is taken."""
+
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Conversation]] = {
+    ("messages",): _chat("messages", _messages("messages"), asked=True),
+    ("conversations",): _chat("conversations", _messages("conversations"), asked=True),
+    ("prompt",): _chat("prompt", partial(_asked, "prompt"), asked=True),
+    ("instruction",): _chat("instruction", _instructed, asked=True),
+    ("question",): _chat("question", partial(_asked, "question"), asked=True),
+    ("query",): _chat("query", partial(_asked, "query"), asked=True),
+}
+"""The same of chats that may want an answer."""

@@ -24,7 +24,7 @@ from dsft.tasks import media, texts, weights
 from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Examples, Outcome, Task, View, text_of
+from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, View, text_of
 from dsft.tasks.windows import windows
 from dsft.types import Batch, Dropped, Example, Record
 
@@ -43,13 +43,13 @@ class Question(Record):
     Attributes:
         question: The question.
         context: The text.
-        answers: All that count as right, none of a question without an answer.
+        answers: All that count as right, none of a question without an answer; None where it is to be told.
         span: Characters (begin, end) of the first of them in the text; None if there is none.
     """
 
     question: str
     context: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] | None
     span: tuple[int, int] | None
 
     def texts(self) -> dict[str, str]:
@@ -62,8 +62,8 @@ class Question(Record):
         return replace(self, question=texts.get("question", self.question))
 
 
-def _question(name: str, fields: Fields, origin: str) -> Question:
-    """The record that a row holds; `name` is the field with the answers.
+def _question(name: str | None, fields: Fields, origin: str) -> Question:
+    """The record that a row holds; `name` is the field with the answers, if there is any.
 
     Raises:
         ValueError: A text is missing or empty, or the answer is no part of the text; the message names the field.
@@ -72,6 +72,8 @@ def _question(name: str, fields: Fields, origin: str) -> Question:
     question, context = (text_of(fields[one], one, empty=False) for one in ("question", "context"))
     media.refuse_placeholders(question, "question")
     media.refuse_placeholders(context, "context")
+    if name is None:
+        return Question(question=question, context=context, answers=None, span=None, origin=origin)
     given = _answers(fields[name], name, fields.get("answer_start"))
     impossible = fields.get("is_impossible")
     if not isinstance(impossible, bool | None):
@@ -140,6 +142,8 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Question]] = {
     ("question", "context", name): partial(_question, name) for name in ("answers", "answer")
 }
 
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Question]] = {("question", "context"): partial(_question, None)}
+
 
 def encode(record: Question, context: Context) -> list[Example | Dropped] | Dropped:
     """Question and text as the tokenizer frames a pair, in overlapping windows of the text where it is too long.
@@ -204,7 +208,7 @@ def _window(
     columns["target"] = np.array(target, np.int32)
     # what an evaluation needs of the question as a whole stands in its first window
     columns["context"] = _bytes("" if begin else record.context)
-    columns["answers"] = _bytes("" if begin else json.dumps(record.answers, ensure_ascii=False))
+    columns["answers"] = _bytes("" if begin else json.dumps(record.answers or (), ensure_ascii=False))
     labels = () if begin else (WITH_ANSWER if record.answers else WITHOUT_ANSWER,)
     return Example(columns, len(kept), record.weight, labels=labels)
 
@@ -357,12 +361,38 @@ class _Answered(NamedTuple):
         return np.where((self.margins > threshold)[:, None], self.nothing, self.said)
 
 
+def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
+    """A question's answer and where it is in the text, or none; with the logits of both, each the sum of two."""
+    rows = {name: values[np.argsort(rows["number"])] for name, values in rows.items()}
+    threshold = context.task.no_answer_threshold
+    for number, part in groupby(range(len(data)), key=lambda place: data[place].record):
+        numbers = list(part)
+        (begin, end), best = _said(rows, numbers, data)
+        score, nothing = float(rows["score"][best]), float(rows["nothing"][numbers].min())
+        told: dict[str, Any] = {"score": score, "no_answer_score": nothing}
+        if threshold is not None and nothing - score > threshold:
+            yield number, {"prediction": "", "start": None, "end": None} | told
+        else:
+            text = records[number].context[begin:end]
+            yield number, {"prediction": text, "start": begin, "end": end} | told
+
+
+def _said(rows: dict[str, np.ndarray], numbers: list[int], data: Examples) -> tuple[tuple[int, int], int]:
+    """Characters of a question's best span over all of its windows, without spaces at their ends; and which window."""
+    best = max(numbers, key=lambda number: rows["score"][number])
+    text, window = data[numbers[0]].columns["context"].tobytes().decode(), data[best].columns
+    begin, end = int(window["begins"][rows["begin"][best]]), int(window["ends"][rows["end"][best]])
+    part = text[begin:end]
+    begin += len(part) - len(part.lstrip())
+    return (begin, begin + len(part.strip())), best
+
+
 def _answered(rows: dict[str, np.ndarray], numbers: list[int], data: Examples) -> tuple[Any, ...]:
     """What became of a question, by its windows; as the attributes of `_Answered`."""
-    best = max(numbers, key=lambda number: rows["score"][number])
-    first, window = data[numbers[0]], data[best].columns
+    (begin, end), best = _said(rows, numbers, data)
+    first = data[numbers[0]]
     text = first.columns["context"].tobytes().decode()
-    said = text[window["begins"][rows["begin"][best]] : window["ends"][rows["end"][best]]].strip()
+    said = text[begin:end]
     right = json.loads(first.columns["answers"].tobytes().decode())
     chinese = answers.is_chinese(text)
     of_span, of_nothing = (answers.score(given, right, chinese) for given in (said, ""))
@@ -399,6 +429,8 @@ TASK = Task(
     settle=settle,
     head=head,
     judge=judge,
+    asked=ASKED,
+    answer=answer,
     settings=frozenset(
         "model.allow_missing task.overlap task.max_answer_tokens task.no_answer_threshold task.head_init".split()
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ CHINESE = re.compile(f"{HAN}+")
 WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 """A run of letters and digits, or any other character that is no space."""
 
+
+GUESSES = 5
+"""Tokens that are told of each place that is filled."""
 
 NO_TEXT = "no tokens but special ones"
 
@@ -194,6 +198,30 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     }
 
 
+def write(sampling: Sampling, record: Conversation, context: Context) -> dict[str, Any]:
+    """A text with the model's first guesses where it has mask tokens, and the likeliest tokens at each of them.
+
+    Raises:
+        ValueError: It has no mask token, or is too long.
+    """
+    tokenizer = context.tokenizer
+    ids = torch.tensor([tokenizer(record.text, verbose=False)["input_ids"]], device=sampling.device)
+    (at,) = torch.nonzero(ids[0] == tokenizer.mask_token_id, as_tuple=True)
+    if not len(at):
+        raise ValueError(f"its text has no {tokenizer.mask_token} to be filled")
+    if ids.shape[1] > context.data.max_length:
+        raise ValueError(f"{ids.shape[1]} tokens, and data.max_length is {context.data.max_length}")
+    logits = sampling.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, at]
+    logits[:, tokenizer.all_special_ids] = -torch.inf
+    best = logits.float().softmax(-1).topk(GUESSES)
+    ids[0, at] = best.indices[:, 0]
+    guesses = [
+        [{"token": tokenizer.decode([token]), "probability": chance} for token, chance in zip(*each)]
+        for each in zip(best.indices.tolist(), best.values.tolist())
+    ]
+    return {"prediction": tokenizer.decode(ids[0].tolist(), skip_special_tokens=True), "guesses": guesses}
+
+
 METRICS = {
     "loss": Metric("nats per hidden token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
     "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
@@ -231,4 +259,5 @@ TASK = Task(
     encoded=frozenset({"mask_share", "whole_words"}),
     views=views,
     sample=sample,
+    write=write,
 )

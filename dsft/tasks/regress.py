@@ -23,7 +23,7 @@ from dsft.model.kind import SEQUENCE
 from dsft.tasks import texts
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Examples, Outcome, Task, View
+from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, View
 from dsft.types import Batch, Dropped, Example
 
 COLUMN = "numbers"
@@ -35,13 +35,15 @@ class Rated(texts.Texts):
     """A text, or two, with numbers.
 
     Attributes:
-        numbers: What is to be predicted.
+        numbers: What is to be predicted; None where it is to be told.
     """
 
-    numbers: tuple[float, ...]
+    numbers: tuple[float, ...] | None
 
 
-def _rated(names: tuple[str, ...], field: str, fields: Fields, origin: str) -> Rated:
+def _rated(names: tuple[str, ...], field: str | None, fields: Fields, origin: str) -> Rated:
+    if field is None:
+        return Rated(**texts.read(names, fields, origin), numbers=None)
     value = fields[field]
     values = value if isinstance(value, list | tuple) else [value]
     numbers = tuple(_number(one, f"{field}[{n}]" if value is values else field) for n, one in enumerate(values))
@@ -71,6 +73,10 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Rated]] = {
     for names in texts.PAIRS
 }
 
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Rated]] = {
+    names: partial(_rated, names, None) for names in texts.PAIRS
+}
+
 
 def encode(record: Rated, context: Context) -> list[Example | Dropped] | Dropped:
     """A text's tokens as the tokenizer frames them, and its numbers.
@@ -80,13 +86,14 @@ def encode(record: Rated, context: Context) -> list[Example | Dropped] | Dropped
         UserError: As `texts.tokens`.
     """
     named = context.task.labels
-    if named and len(record.numbers) != len(named):
+    if record.numbers is not None and named and len(record.numbers) != len(named):
         raise ValueError(f"it has {len(record.numbers)} numbers, and task.labels names {len(named)}")
     made = texts.tokens(record, context)
     if isinstance(made, Dropped):
         return made
     columns, cut = made
-    columns[COLUMN] = np.array(record.numbers, np.float64)
+    if record.numbers is not None:
+        columns[COLUMN] = np.array(record.numbers, np.float64)
     return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut)]
 
 
@@ -134,6 +141,8 @@ def head(context: Context) -> Head:
 def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarray]:
     """Ids, the numbers, what each is divided by in the loss, and what the record counts."""
     made: dict[str, Any] = {**texts.inputs(example.columns)}
+    if COLUMN not in example.columns:
+        return made
     made["document_target"] = example.columns[COLUMN].astype(np.float32)
     made["document_scale"] = np.array(context.labels.scale, np.float32)
     return made | {"document_weight": np.float32(example.weight)}
@@ -144,7 +153,7 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     standard deviations of the training data."""
     logits = forward.logits(batch).float()
     if "document_target" not in batch.tensors:
-        return Outcome(logits.sum(dtype=torch.float64) * 0)
+        return Outcome(logits.sum(dtype=torch.float64) * 0, rows={"logits": logits.detach()})
     target, counts = batch.tensors["document_target"], batch.tensors["document_weight"]
     error = (logits - target) / batch.tensors["document_scale"]
     match settings.regression_loss:
@@ -166,6 +175,13 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
         for n, name in enumerate(context.labels.names)
     }
     return regression(predictions, targets, counts), {"labels": each} if len(each) > 1 else {}
+
+
+def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
+    """The number, or several by their names."""
+    names = context.labels.names
+    for number, each in enumerate(rows["logits"].astype(np.float64).tolist()):
+        yield data[number].record, {"prediction": each[0] if len(names) == 1 else dict(zip(names, each))}
 
 
 METRICS = {
@@ -191,6 +207,8 @@ TASK = Task(
     settle=settle,
     head=head,
     judge=judge,
+    asked=ASKED,
+    answer=answer,
     settings=frozenset(
         "model.allow_missing task.labels task.regression_loss task.huber_delta task.standardise task.head_init "
         "task.head_dropout task.pool".split()

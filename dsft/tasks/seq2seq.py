@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.blocks import TARGET
@@ -42,7 +43,8 @@ class Pair(Record):
     """A text, and what is to be written from it.
 
     Attributes:
-        written: `source` and `target`; or a text for each of several languages.
+        written: `source` and `target`, of which the latter is left out where it is to be told; or a text for each of
+            several languages.
     """
 
     written: dict[str, str]
@@ -100,6 +102,19 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Pair]] = {
         )
     },
     ("translation",): _translation,
+}
+
+
+def _source(field: str, fields: Fields, origin: str) -> Pair:
+    """The record of a row with a source alone."""
+    media.refuse_fields(fields)
+    text = text_of(fields[field], field, empty=False)
+    media.refuse_placeholders(text, field)
+    return Pair(written={"source": text}, weight=weights.of_record(fields), origin=origin)
+
+
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Pair]] = {
+    (name,): partial(_source, name) for name in dict.fromkeys(names[0] for names in SHAPES if len(names) == 2)
 }
 
 
@@ -257,23 +272,38 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
 
 
 def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, str]:
-    """What the model writes for an example, greedily, in at most `train.sample_tokens` tokens."""
-    ids, target = (
-        torch.from_numpy(example.columns[name].astype(np.int64))[None].to(sampling.device) for name in ("ids", TARGET)
-    )
-    begun = beginning(sampling.model, target, 1 + len(frame(context.tokenizer, "text_target")[0]))
-    settings = GenerationConfig(
-        max_new_tokens=context.train.sample_tokens,
-        do_sample=False,
-        pad_token_id=context.tokenizer.pad_token_id,
-        eos_token_id=sampling.stop_tokens or None,
-        # otherwise it is put in front once more
-        decoder_start_token_id=int(begun[0, 0]),
-    )
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": begun}
-    output = sampling.model.generate(**given, generation_config=settings)
-    parts = {"prompt": ids[0], "reference": target[0], "answer": output[0]}
-    return {name: context.tokenizer.decode(part.tolist(), skip_special_tokens=True) for name, part in parts.items()}
+    """What the model writes for an example."""
+    parts = {"prompt": example.ids.tolist(), "reference": example.columns[TARGET].tolist()}
+    parts["answer"] = _generated(sampling, parts["prompt"], context.tokenizer)
+    return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
+
+
+def write(sampling: Sampling, record: Pair, context: Context) -> dict[str, Any]:
+    """What the model writes for a record, cut as in training where it is too long; beside the target, if it has one.
+
+    Raises:
+        ValueError: It has no tokens, or is to be left out for its length.
+    """
+    _refuse_idle_languages(record, context)
+    whole = {*record.written} == {"source"}
+    source, *target = [(context.task.source_prefix or "") + record.written["source"]] if whole else _chosen(
+        record.written, context.task
+    )  # fmt: skip
+    made = _side(record, context, "text", source)
+    if isinstance(made, Dropped):
+        raise ValueError(made.reason)
+    answer = _generated(sampling, made.ids.tolist(), context.tokenizer)
+    told: dict[str, Any] = {"prediction": context.tokenizer.decode(answer, skip_special_tokens=True)}
+    told |= {"truncated": True} if made.cut else {}
+    return told | ({"reference": target[0]} if target else {})
+
+
+def _generated(sampling: Sampling, ids: list[int], tokenizer: Any) -> list[int]:
+    before, after = frame(tokenizer, "text_target")
+    begun = beginning(sampling.model, torch.tensor([[*before, *after]], device=sampling.device), 1 + len(before))
+    # otherwise it is put in front once more
+    settings = {"decoder_start_token_id": int(begun[0, 0])}
+    return sampling.generate(ids, tokenizer.pad_token_id, sys.maxsize, decoder_input_ids=begun, settings=settings)
 
 
 def beginning(model: Any, target: torch.Tensor, count: int) -> torch.Tensor:
@@ -281,7 +311,7 @@ def beginning(model: Any, target: torch.Tensor, count: int) -> torch.Tensor:
 
     Args:
         model: The encoder-decoder.
-        target: Ids of any target with its special tokens, (1, tokens).
+        target: Ids of any target with its special tokens, or of these alone, (1, tokens).
         count: One for the token that the model begins with, and those that stand before a text.
     """
     return decoder_ids(model, target)[:, :count]
@@ -315,4 +345,6 @@ TASK = Task(
         "task.label_smoothing train.samples train.sample_tokens".split()
     ),
     sample=sample,
+    asked=ASKED,
+    write=write,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -25,7 +25,7 @@ from dsft.tasks import media, texts, weights
 from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
-from dsft.tasks.task import Context, Examples, Outcome, Task, View, text_of
+from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, View, text_of
 from dsft.tasks.windows import windows
 from dsft.types import HAN, IGNORE_INDEX, Batch, Dropped, Example, Record
 
@@ -45,12 +45,12 @@ class Tagged(Record):
     Attributes:
         text: All of it.
         words: Characters (begin, end) of each word, rising.
-        tags: Of each word.
+        tags: Of each word; None where they are to be told.
     """
 
     text: str
     words: list[tuple[int, int]]
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] | None = None
 
     def texts(self) -> dict[str, str]:
         return {"text": self.text}
@@ -62,16 +62,16 @@ class Tagged(Record):
         return replace(self, text=texts.get("text", self.text))
 
 
-def _from_tokens(words: str, tags: str, fields: Fields, origin: str) -> Tagged:
-    """The record of a row with two lists.
+def _from_tokens(words: str, tags: str | None, fields: Fields, origin: str) -> Tagged:
+    """The record of a row with a list of words, and one of tags where a field has them.
 
     Raises:
         ValueError: They are none, or not of a length; the message names the field.
     """
-    for name in (words, tags):
+    for name in filter(None, (words, tags)):
         if not isinstance(fields[name], list | tuple) or not fields[name]:
             raise ValueError(f"field `{name}` is a list of one or more, but this is {fields[name]!r:.40}")
-    if len(fields[words]) != len(fields[tags]):
+    if tags and len(fields[words]) != len(fields[tags]):
         raise ValueError(f"field `{words}` has {len(fields[words])} words, and `{tags}` has {len(fields[tags])} tags")
     text, spans = "", list[tuple[int, int]]()
     for number, value in enumerate(fields[words]):
@@ -81,7 +81,7 @@ def _from_tokens(words: str, tags: str, fields: Fields, origin: str) -> Tagged:
         begin = len(text) + bool(apart)
         text += f" {word}" if apart else word
         spans.append((begin, len(text)))
-    names = [naming.name_of(tag, f"{tags}[{number}]") for number, tag in enumerate(fields[tags])]
+    names = [naming.name_of(tag, f"{tags}[{number}]") for number, tag in enumerate(fields[tags])] if tags else None
     return Tagged(text=text, words=spans, tags=names, weight=weights.of_record(fields), origin=origin)
 
 
@@ -139,6 +139,20 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields, str], Tagged]] = {
 }
 
 
+def _plain(name: str, fields: Fields, origin: str) -> Tagged:
+    """The record of a text alone."""
+    media.refuse_fields(fields)
+    text = text_of(fields[name], name, empty=False)
+    words = [found.span() for found in WORD.finditer(text)]
+    return Tagged(text=text, words=words, weight=weights.of_record(fields), origin=origin)
+
+
+ASKED: dict[tuple[str, ...], Callable[[Fields, str], Tagged]] = {
+    **{(words,): partial(_from_tokens, words, None) for words in ("tokens", "words")},
+    **{(name,): partial(_plain, name) for name in ("text", "sentence", "content")},
+}
+
+
 def encode(record: Tagged, context: Context) -> list[Example | Dropped] | Dropped:
     """A text's tokens, in overlapping windows where it is too long; a word's first token has its tag, in one of them.
 
@@ -167,10 +181,12 @@ def encode(record: Tagged, context: Context) -> list[Example | Dropped] | Droppe
         columns = {
             "ids": np.concatenate([before, ids[body][begin:end], after]),
             "words": np.concatenate([before * 0 - 1, own, after * 0 - 1]).astype(np.int32),
-            naming.COLUMN: naming.keys([record.tags[word] for word in own[own >= 0]]),
         }
         weight = record.weight * int((own >= 0).sum())
-        names = tuple(dict.fromkeys(record.tags[word] for word in own[own >= 0]))
+        tags = [record.tags[word] for word in own[own >= 0]] if record.tags is not None else []
+        if record.tags is not None:
+            columns[naming.COLUMN] = naming.keys(tags)
+        names = tuple(dict.fromkeys(tags))
         made.append(Example(columns, len(columns["ids"]), weight, labels=names) if weight else Dropped(NO_WORD))
     return made if any(isinstance(part, Example) for part in made) else Dropped(NO_WORD)
 
@@ -228,7 +244,9 @@ def inputs(example: Example, view: View, context: Context) -> dict[str, np.ndarr
     """Ids, and the number of its tag at the first token of each word; with its record and its place in that."""
     ids, words = example.ids.astype(np.int64), example.columns["words"]
     labels, own = np.full_like(ids, IGNORE_INDEX), words >= 0
-    labels[own] = context.labels.numbers(example.columns[naming.COLUMN])
+    told = naming.COLUMN in example.columns
+    # where tags are to be told any one marks the words
+    labels[own] = context.labels.numbers(example.columns[naming.COLUMN]) if told else 0
     counts = np.full(len(ids), example.weight / own.sum(), np.float32)
     place = {"target_record": np.full_like(ids, example.record), "target_word": words.astype(np.int64)}
     return {"input_ids": ids, "labels": labels, "target_weights": counts, **place}
@@ -241,7 +259,8 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
     each = F.cross_entropy(logits, target, reduction="none") * counts
     if "target_record" not in tensors or not batch.examples:
         return Outcome(each.sum(dtype=torch.float64))
-    rows = {"predicted": logits.detach().argmax(-1), "true": target, "counts": counts}
+    chances = logits.detach().softmax(-1).max(-1)
+    rows = {"predicted": chances.indices, "chance": chances.values, "true": target, "counts": counts}
     rows |= {"record": tensors["target_record"], "word": tensors["target_word"]}
     return Outcome(each.sum(dtype=torch.float64), rows=rows)
 
@@ -263,6 +282,28 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
         found.add(predicted, true, float(rows["counts"][here][0]))
         at = here.stop
     return numbers | found.numbers(), {"labels": found.by_type()}
+
+
+def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
+    """Of each word its tag and how probable that is, windows joined; of entities a legal sequence by the rule of
+    `metrics.entities`, and where each is in the text. Words of which no token is left are outside of all."""
+    names, scheme = context.labels.names, entities.is_scheme(context.labels.names)
+    nothing = entities.OUTSIDE if scheme else None
+    for number, record in records.items():
+        here = np.flatnonzero(rows["record"] == number)
+        tags: list[Any] = [nothing] * len(record.words)
+        chances: list[Any] = [None] * len(record.words)
+        for word, tag, chance in zip(*(rows[name][here].tolist() for name in ("word", "predicted", "chance"))):
+            tags[word], chances[word] = names[tag], chance
+        told: dict[str, Any] = {"words": [record.text[begin:end] for begin, end in record.words]}
+        if scheme:
+            tags = entities.repaired(tags)
+            places = [(kind, record.words[b][0], record.words[e - 1][1]) for kind, b, e in entities.entities(tags)]
+            told["entities"] = [
+                {"start": begin, "end": end, "label": kind, "text": record.text[begin:end]}
+                for kind, begin, end in places
+            ]
+        yield number, {"prediction": tags, "probabilities": chances} | told
 
 
 METRICS = {
@@ -288,5 +329,7 @@ TASK = Task(
     settle=settle,
     head=head,
     judge=judge,
+    asked=ASKED,
+    answer=answer,
     settings=frozenset("model.allow_missing task.labels task.overlap task.head_init task.head_dropout".split()),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import xxhash
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dsft.config.schema import DataConfig, EvalConfig, TaskConfig, TrainConfig
 from dsft.data.prompting import Prompting, left_out
@@ -96,11 +96,36 @@ class Sampling:
         model: The transformers model, without adapters around it, on `device`, in evaluation mode.
         device: Where it computes.
         stop_tokens: Token ids that end an answer.
+        tokens: How many an answer has at most.
+        beams: How many beginnings of an answer are followed at once; 1 is greedy.
     """
 
     model: PreTrainedModel
     device: torch.device
     stop_tokens: list[int]
+    tokens: int
+    beams: int = 1
+
+    def generate(self, ids: list[int], pad: int | None, room: int, **more: Any) -> list[int]:
+        """Token ids that the model writes, of an encoder-decoder those that it begins with among them.
+
+        Args:
+            ids: What it reads.
+            pad: The padding token's.
+            room: Tokens that an answer may have beside `tokens`.
+            more: Further arguments of its `generate`, and those of `GenerationConfig` under `settings`.
+        """
+        given = torch.tensor([ids], device=self.device)
+        settings = GenerationConfig(
+            max_new_tokens=min(self.tokens, room),
+            do_sample=False,
+            num_beams=self.beams,
+            pad_token_id=pad,
+            eos_token_id=self.stop_tokens or None,
+            **more.pop("settings", {}),
+        )
+        arguments = {"input_ids": given, "attention_mask": torch.ones_like(given), **more}
+        return self.model.generate(**arguments, generation_config=settings)[0].tolist()
 
 
 class Examples(Protocol):
@@ -110,6 +135,12 @@ class Examples(Protocol):
 
     def __getitem__(self, number: int, /) -> Example: ...
 
+
+Records = Mapping[int, Any]
+"""Records by their numbers."""
+
+Answers = Iterator[tuple[int, dict[str, Any]]]
+"""Numbers of records, and what is said of each, in JSON types: `prediction` and whatever else there is."""
 
 Judge = Callable[[dict[str, np.ndarray], Context, Examples], tuple[dict[str, float], dict[str, Any]]]
 """What `Task.judge` is."""
@@ -141,6 +172,12 @@ class Task:
         head: (context) -> the head that the model gets; of `kind.headed` alone.
         judge: (rows of an evaluation, those of documents in the order of examples, context, the examples) -> the
             quantities that its metrics are formed from, and what is to be shown beside them, in JSON types.
+        asked: Shapes of records without what is to be told of them, as `shapes`, before which they go; `encode` makes
+            examples of these too, which `loss` gives rows of.
+        answer: (rows as `judge` gets them, context, the examples, their records) -> what is told of each record, by
+            its number; of tasks whose predictions come from rows.
+        write: (sampling, record, context) -> what is told of a record, in JSON types; of tasks that generate. It
+            raises ValueError where it cannot be.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
@@ -159,6 +196,9 @@ class Task:
     settle: Callable[[Context, Prepared, list[str]], Context] | None = None
     head: Callable[[Context], Head] | None = None
     judge: Judge | None = None
+    asked: Mapping[tuple[str, ...], Callable[[Fields, str], Record]] = field(default_factory=dict)
+    answer: Callable[[dict[str, np.ndarray], Context, Examples, Records], Answers] | None = None
+    write: Callable[[Sampling, Any, Context], dict[str, Any]] | None = None
     views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 

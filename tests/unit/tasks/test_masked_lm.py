@@ -157,7 +157,7 @@ def test_pseudo_perplexity_hides_one_token_at_a_time(family, padded):
 def test_a_sample_shows_what_was_hidden_and_what_was_guessed():
     model = tiny.masked("bert", "eager")
     (example,) = encoded(tiny.texts(1)[0])
-    made = masked_lm.sample(masked_lm.Sampling(model, torch.device("cpu"), []), example, context())
+    made = masked_lm.sample(masked_lm.Sampling(model, torch.device("cpu"), [], 8), example, context())
     assert made["prompt"].count("[MASK]") == example.weight
     assert made["reference"].strip() == tiny.texts(1)[0].strip()
     assert "[MASK]" not in made["answer"]

@@ -192,8 +192,7 @@ def test_a_sample_is_what_generate_writes():
     model = tiny.two_sided("t5")
     example = tiny.written_examples(1)[0]
     context = tiny.collator("seq2seq").context
-    context = replace(context, train=replace(context.train, sample_tokens=6))
-    said = seq2seq.sample(Sampling(model, torch.device("cpu"), [2]), example, context)
+    said = seq2seq.sample(Sampling(model, torch.device("cpu"), [2], 6), example, context)
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0].tolist()
     assert said["answer"] == context.tokenizer.decode(expected, skip_special_tokens=True)

@@ -1,0 +1,92 @@
+"""Ask a trained model: `python launch/predict.py run_dir=R input=FILE output=FILE [checkpoint=best|last|N]`, or
+`model.path=DIR` in place of `run_dir=R`
+
+Arguments are written as those of `launch/train.py`. `model.path` alone is a model directory, a hub id, a GGUF file or a
+directory of adapters; beside `run_dir` it says where the run's base model has been moved to. `input` is anything that
+`data.train` may be, or `-` for JSON Lines from standard input; `output=-` is standard output. Under a launcher all
+ranks answer.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsft.config import cli, load
+from dsft.errors import UserError
+
+OWN = {
+    "run_dir": None,
+    "checkpoint": "last",
+    "model.path": None,
+    "task": None,
+    "input": None,
+    "output": None,
+    "max_new_tokens": 256,
+    "beams": 1,
+}
+SETTINGS = (
+    "data.max_length data.max_target_length data.on_overflow data.columns data.header data.ignore_fields "
+    "data.prompt_template data.packing data.cache_dir eval.micro_batch_size precision model.revision "
+    "model.chat_template model.attention task.overlap task.max_answer_tokens task.no_answer_threshold "
+    "task.source_prefix task.source_language task.target_language"
+).split()
+"""Settings of `launch/train.py` that a prediction depends on."""
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """Arguments of `dsft.commands.predict.predict`, without `place`.
+
+    Raises:
+        UserError: An unknown key, a value that is none of its choices, or one that is missing.
+    """
+    read = cli.read(argv, [*OWN, *SETTINGS])
+    own = {name: read.get(name, default) for name, default in OWN.items()}
+    for name in ("input", "output"):
+        if own[name] is None:
+            raise UserError(f"Say {name}=FILE, or {name}=- for standard {name}")
+    if own["run_dir"] is None and own["model.path"] is None:
+        raise UserError("Say which model is asked: run_dir=DIR, or model.path=DIR_OR_HUB_ID_OR_GGUF")
+    if own["run_dir"] is None and "checkpoint" in read:
+        raise UserError(f"checkpoint={own['checkpoint']} does nothing without run_dir: leave it out")
+    if own["run_dir"] is not None and "model.revision" in read:
+        raise UserError("model.revision does nothing with run_dir, whose base model is that of the run: leave it out")
+    for name in ("max_new_tokens", "beams"):
+        if not str(own[name]).isdecimal() or int(own[name]) < 1:
+            raise UserError(f"{name}={own[name]} is a whole number, at least 1")
+    return {
+        "wanted": {
+            "input": str(own["input"]),
+            "output": str(own["output"]),
+            "tokens": int(own["max_new_tokens"]),
+            "beams": int(own["beams"]),
+        },
+        "given": {name: read[name] for name in SETTINGS if name in read},
+        "run_dir": own["run_dir"] and Path(own["run_dir"]),
+        "which": str(own["checkpoint"]),
+        "model_path": own["model.path"],
+        "task": own["task"],
+    }
+
+
+def main() -> None:
+    """Predict, then say what became of the records."""
+    with load.reporting():
+        arguments = parse(cli.split_launcher_args(sys.argv[1:]))
+        from dsft.runtime.failure import watched
+        from dsft.runtime.place import discover
+
+        place = discover()
+        with watched(place, load.shown):
+            from dsft.commands.predict import Wanted, predict
+
+            about = predict(place, Wanted(**arguments.pop("wanted")), **arguments)
+        if place.rank == 0:
+            scores = about.pop("scores", {})
+            print(", ".join(f"{count} {name}" for name, count in about.items()), file=sys.stderr)
+            for name, value in scores.items():
+                if isinstance(value, float | int):
+                    print(f"{name}: {value:.4g}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
