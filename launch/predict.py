@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
-    """Arguments of `dsft.commands.predict.predict`, without `place`.
+    """What `dsft.commands.predict.predict` is told: `wanted`, `who` and `given`.
 
     Raises:
         UserError: An unknown key, a value that is none of its choices, or one that is missing.
@@ -48,8 +48,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
         raise UserError("Say which model is asked: run_dir=DIR, or model.path=DIR_OR_HUB_ID_OR_GGUF")
     if own["run_dir"] is None and "checkpoint" in read:
         raise UserError(f"checkpoint={own['checkpoint']} does nothing without run_dir: leave it out")
-    if own["run_dir"] is not None and "model.revision" in read:
-        raise UserError("model.revision does nothing with run_dir, whose base model is that of the run: leave it out")
+    for name in ("task", "model.revision") if own["run_dir"] is not None else ():
+        if name in read:
+            raise UserError(f"{name}={read[name]} does nothing with run_dir, which says it itself: leave it out")
     for name in ("max_new_tokens", "beams"):
         if not str(own[name]).isdecimal() or int(own[name]) < 1:
             raise UserError(f"{name}={own[name]} is a whole number, at least 1")
@@ -61,10 +62,12 @@ def parse(argv: list[str]) -> dict[str, Any]:
             "beams": int(own["beams"]),
         },
         "given": {name: read[name] for name in SETTINGS if name in read},
-        "run_dir": own["run_dir"] and Path(own["run_dir"]),
-        "which": str(own["checkpoint"]),
-        "model_path": own["model.path"],
-        "task": own["task"],
+        "who": {
+            "run_dir": own["run_dir"] and Path(own["run_dir"]),
+            "checkpoint": str(own["checkpoint"]),
+            "model_path": own["model.path"],
+            "task": own["task"],
+        },
     }
 
 
@@ -78,8 +81,9 @@ def main() -> None:
         place = discover()
         with watched(place, load.shown):
             from dsft.commands.predict import Wanted, predict
+            from dsft.commands.trained import Who
 
-            about = predict(place, Wanted(**arguments.pop("wanted")), **arguments)
+            about = predict(place, Wanted(**arguments["wanted"]), Who(**arguments["who"]), arguments["given"])
         if place.rank == 0:
             scores = about.pop("scores", {})
             print(", ".join(f"{count} {name}" for name, count in about.items()), file=sys.stderr)

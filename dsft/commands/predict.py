@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dsft import __version__
 from dsft.commands import trained
-from dsft.commands.trained import Trained
+from dsft.commands.trained import Trained, Who
 from dsft.config import effect, load
 from dsft.config.schema import Packing
 from dsft.data import prompting as prompts
@@ -92,25 +92,14 @@ class Piece:
     examples: list[Example] = field(default_factory=list)
 
 
-def predict(
-    place: Place,
-    wanted: Wanted,
-    given: Mapping[str, Any],
-    run_dir: Path | None,
-    which: str,
-    model_path: str | None,
-    task: str | None,
-) -> dict[str, Any]:
+def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) -> dict[str, Any]:
     """Answer all records; every rank calls it.
 
     Args:
         place: This process's place.
         wanted: What is to be predicted.
+        who: Which model answers.
         given: Settings, by name.
-        run_dir: A run whose checkpoint `which` answers; `model_path` then says where its base model lies now.
-        which: `best`, `last` or a step.
-        model_path: Without a run, the model or the adapters that answer.
-        task: What these were trained for, if they do not say.
 
     Returns:
         What became of the records: `records`, `predicted`, `errors`, and `scores` where there are references.
@@ -118,19 +107,10 @@ def predict(
     Raises:
         UserError: Model, input or a setting cannot be used, or the output is there already.
     """
-    output = None if wanted.output == STDIN else Path(wanted.output).expanduser().absolute()
-    if output and output.exists():
-        raise UserError(f"output={wanted.output} is there already: take it away, or choose another name")
-    if output and not output.parent.is_dir():
-        raise UserError(f"output={wanted.output}: there is no directory {output.parent}")
+    output = _free(wanted.output)
     found = None if wanted.input == STDIN else Found(wanted.input, header=given.get("data.header", ()))
-    if run_dir is not None:
-        asked = trained.of_run(run_dir, which, model_path, given)
-    else:
-        assert model_path is not None, "one of the two is given"
-        asked = trained.of_model(model_path, task, given)
-    idle = list(effect.by_task(asked.config, settings_by_task()))
-    effect.enforce(asked.config, idle, frozenset(given))
+    asked = trained.find(who, given)
+    effect.enforce(asked.config, effect.by_task(asked.config, settings_by_task()), frozenset(given))
     answering = Answering(asked, wanted)
     world = join(place)
     try:
@@ -138,11 +118,27 @@ def predict(
             parts = output.with_name(f".{output.name}.parts") if output else Path(scratch)
             with hold(parts, "output") if world.is_main and output else nullcontext():
                 about = _run(answering, found, parts, output, world)
-            if world.is_main and output:
-                shutil.rmtree(parts, ignore_errors=True)
-            return about
+        if world.is_main and output:
+            shutil.rmtree(parts, ignore_errors=True)
+        return about
     finally:
         leave()
+
+
+def _free(output: str) -> Path | None:
+    """Where the output is to be; None is standard output.
+
+    Raises:
+        UserError: Something is there already, or there is no such place.
+    """
+    if output == STDIN:
+        return None
+    path = Path(output).expanduser().absolute()
+    if path.exists():
+        raise UserError(f"output={output} is there already: take it away, or choose another name")
+    if not path.parent.is_dir():
+        raise UserError(f"output={output}: there is no directory {path.parent}")
+    return path
 
 
 def _run(answering: Answering, found: Found | None, parts: Path, output: Path | None, world: World) -> dict[str, Any]:
@@ -215,10 +211,15 @@ def _write(part: Path, pieces: list[Piece]) -> None:
     for piece in pieces:
         lines |= piece.lines
     judged = [(piece.rows, piece.examples) for piece in pieces if piece.examples]
-    if judged:
-        write_bytes(part.with_suffix(".scores"), pickle.dumps(judged))
     text = "".join(f"{json.dumps(lines[number], ensure_ascii=False)}\n" for number in sorted(lines))
-    write_bytes(part, text.encode("utf-8", errors="backslashreplace"))
+    try:
+        if judged:
+            write_bytes(part.with_suffix(".scores"), pickle.dumps(judged))
+        write_bytes(part, text.encode("utf-8", errors="backslashreplace"))
+    except OSError as problem:
+        raise UserError(
+            f"{part.parent} cannot be written to: {problem.strerror}. Once it can, the same command goes on from there."
+        ) from problem
 
 
 def _finish(answering: Answering, names: list[Path], parts: Path, output: Path | None) -> dict[str, Any]:

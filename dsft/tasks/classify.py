@@ -239,6 +239,7 @@ TASK = Task(
     encoded=frozenset({"multi_label"}),
     settle=settle,
     head=head,
+    problems=frozenset({SINGLE, MULTI}),
     judge=judge,
     asked=ASKED,
     answer=answer,

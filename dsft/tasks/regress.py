@@ -206,6 +206,7 @@ TASK = Task(
     encoded=frozenset({"labels"}),
     settle=settle,
     head=head,
+    problems=frozenset({REGRESSION}),
     judge=judge,
     asked=ASKED,
     answer=answer,

@@ -170,6 +170,7 @@ class Task:
         settle: (context, data, names of the outputs of the model's own head) -> the context with what only all records
             together tell, such as which labels there are. None if there is nothing of the kind.
         head: (context) -> the head that the model gets; of `kind.headed` alone.
+        problems: Those that a model's config may name (`problem_type`) where several tasks share a kind.
         judge: (rows of an evaluation, those of documents in the order of examples, context, the examples) -> the
             quantities that its metrics are formed from, and what is to be shown beside them, in JSON types.
         asked: Shapes of records without what is to be told of them, as `shapes`, before which they go; `encode` makes
@@ -195,6 +196,7 @@ class Task:
     ready: Callable[[PreTrainedTokenizerBase, TaskConfig], None] | None = None
     settle: Callable[[Context, Prepared, list[str]], Context] | None = None
     head: Callable[[Context], Head] | None = None
+    problems: frozenset[str] = frozenset()
     judge: Judge | None = None
     asked: Mapping[tuple[str, ...], Callable[[Fields, str], Record]] = field(default_factory=dict)
     answer: Callable[[dict[str, np.ndarray], Context, Examples, Records], Answers] | None = None
