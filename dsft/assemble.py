@@ -312,7 +312,7 @@ def _data(config: Config, task: Task, context: Context) -> dataset.Prepared:
 
 def _encoded_by(config: Config, task: Task) -> dict[str, Any]:
     """The task and those of its settings that examples depend on."""
-    return {name: _plain(getattr(config.task, name)) for name in ("name", *sorted(task.encoded))}
+    return {name: _plain(attrgetter(name)(config.task)) for name in ("name", *sorted(task.encoded))}
 
 
 @cache

@@ -74,6 +74,7 @@ def check(
         *_ranges(config),
         *_empty(config),
         *_data(config),
+        *_chunks(config),
         *_tuning(config, "task.head_init" in tasks[config.task.name]),
         *_groups(config),
         *_warmup(config.schedule),
@@ -234,6 +235,17 @@ def _data(config: Config) -> Iterator[str]:
         yield (
             f"data.few_shot.path={data.few_shot.path} with data.train_on=all: examples are read and not learnt, so not "
             "all tokens can be. Choose another data.train_on, or leave the examples out."
+        )
+
+
+def _chunks(config: Config) -> Iterator[str]:
+    chunk, room = config.task.chunk, config.data.max_length
+    if chunk.length is not None and chunk.length > room:
+        yield f"task.chunk.length={chunk.length} is longer than data.max_length={room}: lower it, or raise the latter."
+    if chunk.length is not None and chunk.stride is not None and chunk.stride > chunk.length:
+        yield (
+            f"task.chunk.stride={chunk.stride} is longer than task.chunk.length={chunk.length}, so that tokens between "
+            "chunks would not be read: lower it."
         )
 
 

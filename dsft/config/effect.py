@@ -149,6 +149,17 @@ def _of_records(config: Config) -> Iterator[Idle]:
             f"{shown(config, 'task.balance')} does nothing with data.balance={data.balance.value}, after which every "
             "label has as many records: leave one of them out.",
         )
+    for name in ("stride", "pool") if config.task.chunk.length is None else ():
+        yield Idle(
+            f"task.chunk.{name}",
+            f"{shown(config, f'task.chunk.{name}')} does nothing without task.chunk.length: give that too.",
+        )
+    if config.task.chunk.length is not None:
+        yield Idle(
+            "data.on_overflow",
+            f"{shown(config, 'data.on_overflow')} does nothing with task.chunk.length={config.task.chunk.length}, by "
+            "which no text is too long: leave one of them out.",
+        )
     if not data.few_shot.path:
         yield Idle(
             "data.few_shot.count",

@@ -84,6 +84,13 @@ class Pool(Enum):
     last = "last"
 
 
+class ChunkPool(Enum):
+    mean = "mean"
+    max = "max"
+    first = "first"
+    vote = "vote"
+
+
 class Balance(Enum):
     none = "none"
     balanced = "balanced"
@@ -320,6 +327,18 @@ class DataConfig:
 
 
 @dataclass
+class ChunkConfig:
+    length: int | None = setting(None, range=AT_LEAST_2, of_some_tasks=True)
+    """Tokens of the overlapping chunks that longer texts are read in, special tokens among them; of a pair the longer
+    text is cut, beside the whole other one. Null reads no chunks."""
+    stride: int | None = setting(None, range=AT_LEAST_1, of_some_tasks=True)
+    """Tokens from the beginning of one chunk to that of the next; null for half of what a chunk holds."""
+    pool: ChunkPool = setting(ChunkPool.mean, of_some_tasks=True)
+    """What a text is said to be by its chunks' outputs: their mean, the largest of each, those of the first chunk (the
+    others are not learnt either), or what most chunks say."""
+
+
+@dataclass
 class TaskConfig:
     name: str = MISSING
     """What is learnt, and from which records."""
@@ -356,6 +375,7 @@ class TaskConfig:
     `translation`."""
     target_language: str | None = setting(None, of_some_tasks=True)
     """The same of the target texts."""
+    chunk: ChunkConfig = field(default_factory=ChunkConfig)
     overlap: int = setting(64, range=NOT_NEGATIVE, of_some_tasks=True)
     """Tokens that neighbouring windows of a text longer than `data.max_length` have in common. A word's tag is learnt
     and told in the one where it stands farthest from a cut; beside a long question windows overlap by half of their

@@ -70,20 +70,23 @@ def encode(record: Labelled, context: Context) -> list[Example | Dropped] | Drop
 
     Raises:
         ValueError: It has other than one label where it is to have one.
-        UserError: As `texts.tokens`.
+        UserError: As `texts.parts`.
     """
     if record.labels is not None and not context.task.multi_label and len(record.labels) != 1:
         raise ValueError(
             f"it has {len(record.labels)} labels: set task.multi_label=true if a record may have several, or none"
         )
-    made = texts.tokens(record, context)
-    if isinstance(made, Dropped):
-        return made
-    columns, cut = made
-    if record.labels is not None:
-        columns[naming.COLUMN] = naming.keys(record.labels)
-    names = record.labels or ()
-    return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut, labels=names)]
+    parts = texts.parts(record, context)
+    if isinstance(parts, Dropped):
+        return parts
+    made: list[Example | Dropped] = []
+    for part in parts:
+        if record.labels is not None:
+            part.columns[naming.COLUMN] = naming.keys(record.labels)
+        # a record's labels are counted once
+        names = record.labels or () if part is parts[0] else ()
+        made.append(Example(part.columns, len(part.columns["ids"]), part.weight, truncated=part.cut, labels=names))
+    return made
 
 
 def settle(context: Context, data: Prepared, own: list[str]) -> Context:
@@ -172,6 +175,7 @@ def _several(
 
 def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation, and what is shown beside them: each label's, and which were taken for which."""
+    rows = texts.by_record(rows, context, data, context.task.multi_label)
     logits, targets, counts = rows["logits"], rows["targets"], rows["counts"]
     names, about = context.labels.names, dict[str, Any]()
     if context.task.multi_label:
@@ -193,11 +197,12 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
 
 def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
     """The likeliest label, or all that are likelier than not where there may be several; and how probable each is."""
-    names, logits = context.labels.names, torch.from_numpy(rows["logits"]).double()
-    several = context.task.multi_label
-    for number, each in enumerate((logits.sigmoid() if several else logits.softmax(-1)).tolist()):
+    names, several = context.labels.names, context.task.multi_label
+    rows, numbers = texts.by_record(rows, context, data, several), dict.fromkeys(texts.records(data).tolist())
+    logits = torch.from_numpy(rows["logits"]).double()
+    for number, each in zip(numbers, (logits.sigmoid() if several else logits.softmax(-1)).tolist()):
         told = [name for name, p in zip(names, each) if p > 0.5] if several else names[int(np.argmax(each))]
-        yield data[number].record, {"prediction": told, "probabilities": dict(zip(names, each))}
+        yield number, {"prediction": told, "probabilities": dict(zip(names, each))}
 
 
 METRICS = {
@@ -236,7 +241,7 @@ TASK = Task(
     kind=SEQUENCE,
     metrics=METRICS,
     target="records",
-    encoded=frozenset({"multi_label"}),
+    encoded=frozenset({"multi_label", "chunk.length", "chunk.stride", "chunk.pool"}),
     settle=settle,
     head=head,
     problems=frozenset({SINGLE, MULTI}),
@@ -245,6 +250,7 @@ TASK = Task(
     answer=answer,
     settings=frozenset(
         "data.balance model.allow_missing task.labels task.multi_label task.balance task.effective_beta "
+        "task.chunk.length task.chunk.stride task.chunk.pool "
         "task.label_weights task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()
     ),
 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsft.config.schema import RegressionLoss, TaskConfig
+from dsft.config.schema import ChunkPool, RegressionLoss, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
@@ -83,18 +83,20 @@ def encode(record: Rated, context: Context) -> list[Example | Dropped] | Dropped
 
     Raises:
         ValueError: It has another number of numbers than `task.labels` names.
-        UserError: As `texts.tokens`.
+        UserError: As `texts.parts`.
     """
     named = context.task.labels
     if record.numbers is not None and named and len(record.numbers) != len(named):
         raise ValueError(f"it has {len(record.numbers)} numbers, and task.labels names {len(named)}")
-    made = texts.tokens(record, context)
-    if isinstance(made, Dropped):
-        return made
-    columns, cut = made
-    if record.numbers is not None:
-        columns[COLUMN] = np.array(record.numbers, np.float64)
-    return [Example(columns, len(columns["ids"]), weight=record.weight, truncated=cut)]
+    if context.task.chunk.pool is ChunkPool.vote:
+        raise UserError("task.chunk.pool=vote: chunks vote for labels, not for numbers. Choose mean, max or first.")
+    parts = texts.parts(record, context)
+    if isinstance(parts, Dropped):
+        return parts
+    for part in parts:
+        if record.numbers is not None:
+            part.columns[COLUMN] = np.array(record.numbers, np.float64)
+    return [Example(part.columns, len(part.columns["ids"]), part.weight, truncated=part.cut) for part in parts]
 
 
 def settle(context: Context, data: Prepared, own: list[str]) -> Context:
@@ -169,6 +171,7 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
 
 def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an evaluation, in the targets' own unit, and those of each number by its name."""
+    rows = texts.by_record(rows, context, data)
     predictions, targets, counts = rows["logits"], rows["targets"], rows["counts"]
     each = {
         name: regression(predictions[:, n : n + 1], targets[:, n : n + 1], counts)
@@ -180,8 +183,9 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
 def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
     """The number, or several by their names."""
     names = context.labels.names
-    for number, each in enumerate(rows["logits"].astype(np.float64).tolist()):
-        yield data[number].record, {"prediction": each[0] if len(names) == 1 else dict(zip(names, each))}
+    rows, numbers = texts.by_record(rows, context, data), dict.fromkeys(texts.records(data).tolist())
+    for number, each in zip(numbers, rows["logits"].astype(np.float64).tolist()):
+        yield number, {"prediction": each[0] if len(names) == 1 else dict(zip(names, each))}
 
 
 METRICS = {
@@ -203,7 +207,7 @@ TASK = Task(
     kind=SEQUENCE,
     metrics=METRICS,
     target="records",
-    encoded=frozenset({"labels"}),
+    encoded=frozenset({"labels", "chunk.length", "chunk.stride", "chunk.pool"}),
     settle=settle,
     head=head,
     problems=frozenset({REGRESSION}),
@@ -211,6 +215,7 @@ TASK = Task(
     asked=ASKED,
     answer=answer,
     settings=frozenset(
+        "task.chunk.length task.chunk.stride task.chunk.pool "
         "model.allow_missing task.labels task.regression_loss task.huber_delta task.standardise task.head_init "
         "task.head_dropout task.pool".split()
     ),

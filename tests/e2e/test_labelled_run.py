@@ -87,6 +87,41 @@ def check_run(run: Path) -> None:
     assert "Labels of the validation set, step 12" in page and "<th>狐狸</th>" in page
 
 
+def test_long_texts_in_chunks_are_evaluated_as_wholes_for_any_split(home, scratch, tmp_path):
+    """Two splits have the same numbers, and predictions are those of a mean by hand."""
+    rows = [{"text": text, "label": f"{number % 2}"} for number, text in enumerate(tiny.texts(36, seed=5, longest=90))]
+    tiny.write_jsonl(home / "long.jsonl", rows)
+    given = [f"model.path={home / 'model'}", "task=classify", "data=jsonl", f"data.train={home / 'long.jsonl'}"]
+    given += [f"data.cache_dir={home / 'cache'}", "data.validation_share=0.3", "precision=fp32", "train.max_steps=3"]
+    given += ["data.max_length=32", "task.chunk={length: 24, stride: 10}", "batch.global_batch_size=8", "optim.lr=1e-3"]
+    found = []
+    for ranks in (1, 2):
+        run = home / f"long {ranks}"
+        result = helpers.train([f"run_dir={run}", *given, f"eval.micro_batch_size={3 * ranks}"], scratch, ranks=ranks)
+        assert result.code == 0, result.err
+        found.append(helpers.numbers(run))
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    last = found[0][-1]
+    audit = json.loads((home / "long 1/audit.json").read_text(encoding="utf-8"))
+    held_out = audit["train"]["records_held_out"]
+    assert last["eval/records"] == held_out < last["eval/examples"] and "eval/f1_macro" in last
+    command = ["launch/predict.py", f"run_dir={home / 'long 1'}", f"input={home / 'long.jsonl'}"]
+    with helpers.Command([*command, f"output={tmp_path / 'said.jsonl'}"], scratch, forked=2) as running:
+        result = running.wait()
+    assert result.code == 0, result.err
+    model = AutoModelForSequenceClassification.from_pretrained(home / "long 1/model").eval()
+    said = (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()
+    for line, row in zip(map(json.loads, said), rows, strict=True):
+        ids = tiny.ENCODER_TOKENIZER(row["text"])["input_ids"]
+        body = ids[1:-1]
+        begins = [*range(0, len(body) - 22, 10), len(body) - 22] if len(ids) > 24 else [0]
+        parts = [[ids[0], *body[begin : begin + 22], ids[-1]] for begin in begins]
+        with torch.no_grad():
+            logits = torch.cat([model(torch.tensor([part])).logits for part in parts]).mean(0)
+        assert [*line["probabilities"].values()] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
+
+
 def test_adapters_alone_bring_their_head(home, scratch):
     given = [one for one in arguments(home, "lora") if not one.startswith("task.balance")]
     result = helpers.train([*given, "tuning=lora", "optim.lr=0.01", "data.balance=oversample"], scratch)
