@@ -21,11 +21,11 @@ OWN = {
     "task": None,
     "input": None,
     "output": None,
-    "max_new_tokens": 256,
-    "beams": 1,
+    "max_new_tokens": None,
+    "beams": None,
 }
 SETTINGS = (
-    "data.max_length data.max_target_length data.on_overflow data.columns data.header data.ignore_fields "
+    "data.max_length data.on_overflow data.columns data.header data.ignore_fields "
     "data.prompt_template data.packing data.cache_dir eval.micro_batch_size precision model.revision "
     "model.chat_template model.attention task.overlap task.max_answer_tokens task.no_answer_threshold "
     "task.source_prefix task.source_language task.target_language"
@@ -52,14 +52,14 @@ def parse(argv: list[str]) -> dict[str, Any]:
         if name in read:
             raise UserError(f"{name}={read[name]} does nothing with run_dir, which says it itself: leave it out")
     for name in ("max_new_tokens", "beams"):
-        if not str(own[name]).isdecimal() or int(own[name]) < 1:
+        if own[name] is not None and (not str(own[name]).isdecimal() or int(own[name]) < 1):
             raise UserError(f"{name}={own[name]} is a whole number, at least 1")
     return {
         "wanted": {
             "input": str(own["input"]),
             "output": str(own["output"]),
-            "tokens": int(own["max_new_tokens"]),
-            "beams": int(own["beams"]),
+            "tokens": own["max_new_tokens"] and int(own["max_new_tokens"]),
+            "beams": own["beams"] and int(own["beams"]),
         },
         "given": {name: read[name] for name in SETTINGS if name in read},
         "who": {

@@ -8,8 +8,9 @@ the last whole one. At the end these files become the output.
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
-import pickle
 import shutil
 import sys
 import tempfile
@@ -57,6 +58,12 @@ BLOCK, WRITTEN_BLOCK = 512, 32
 BUDGET = 8
 """Rows of `data.max_length` tokens that a forward pass takes at most, unless `eval.micro_batch_size` says otherwise."""
 
+TOKENS = 256
+"""Tokens of a generated answer at most, unless it is said."""
+
+BY_ROWS = {"data.max_length", "data.on_overflow", "data.packing", "eval.micro_batch_size", "model.attention"}
+"""Settings that a task reads which answers by rows; one that writes reads those that it says (`Task.writes_by`)."""
+
 STDIN = "-"
 
 
@@ -67,14 +74,14 @@ class Wanted:
     Attributes:
         input: Anything that `data.train` may be, or `-` for JSON Lines from standard input.
         output: File to write, or `-` for standard output.
-        tokens: Of an answer that is generated, at most.
-        beams: Beginnings that are followed at once; 1 is greedy.
+        tokens: Of an answer that is generated, at most; TOKENS if None.
+        beams: Beginnings that are followed at once; greedy if None.
     """
 
     input: str
     output: str
-    tokens: int
-    beams: int
+    tokens: int | None = None
+    beams: int | None = None
 
 
 @dataclass
@@ -111,6 +118,7 @@ def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) ->
     found = None if wanted.input == STDIN else Found(wanted.input, header=given.get("data.header", ()))
     asked = trained.find(who, given)
     effect.enforce(asked.config, effect.by_task(asked.config, settings_by_task()), frozenset(given))
+    _refuse_idle(asked.task, asked.config.task.name, wanted, given)
     answering = Answering(asked, wanted)
     world = join(place)
     try:
@@ -123,6 +131,21 @@ def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) ->
         return about
     finally:
         leave()
+
+
+def _refuse_idle(task: Task, name: str, wanted: Wanted, given: Mapping[str, Any]) -> None:
+    """Refuse what does nothing with this task.
+
+    Raises:
+        UserError: Something does not; it is named.
+    """
+    generates = "train.sample_tokens" in task.settings
+    own = {"max_new_tokens": wanted.tokens, "beams": wanted.beams}
+    idle = [] if generates else [argument for argument, value in own.items() if value is not None]
+    if task.answer is None:
+        idle += sorted(given.keys() & BY_ROWS - task.writes_by)
+    if idle:
+        raise UserError(f"{idle[0]} does nothing with task={name}: leave it out")
 
 
 def _free(output: str) -> Path | None:
@@ -210,16 +233,56 @@ def _write(part: Path, pieces: list[Piece]) -> None:
     lines: dict[int, dict[str, Any]] = {}
     for piece in pieces:
         lines |= piece.lines
-    judged = [(piece.rows, piece.examples) for piece in pieces if piece.examples]
+    judged = [piece for piece in pieces if piece.examples]
     text = "".join(f"{json.dumps(lines[number], ensure_ascii=False)}\n" for number in sorted(lines))
     try:
         if judged:
-            write_bytes(part.with_suffix(".scores"), pickle.dumps(judged))
+            write_bytes(part.with_suffix(".scores"), _packed(judged))
         write_bytes(part, text.encode("utf-8", errors="backslashreplace"))
     except OSError as problem:
         raise UserError(
             f"{part.parent} cannot be written to: {problem.strerror}. Once it can, the same command goes on from there."
         ) from problem
+
+
+def _packed(pieces: list[Piece]) -> bytes:
+    """Rows and examples of pieces as NumPy's archive, which holds nothing but arrays."""
+    arrays: dict[str, np.ndarray] = {}
+    for number, piece in enumerate(pieces):
+        arrays |= {f"{number}/rows/{name}": values for name, values in piece.rows.items()}
+        for name in piece.examples[0].columns:
+            values = [example.columns[name] for example in piece.examples]
+            arrays[f"{number}/column/{name}"] = np.concatenate(values)
+            arrays[f"{number}/sizes/{name}"] = np.array([len(one) for one in values])
+        about = [[example.tokens, example.weight, example.record] for example in piece.examples]
+        arrays[f"{number}/about"] = np.array(about, np.float64)
+    file = io.BytesIO()
+    keywords: Any = arrays  # mypy takes them for those of savez
+    np.savez(file, **keywords)
+    return file.getvalue()
+
+
+def _unpacked(file: Path) -> Iterator[tuple[dict[str, np.ndarray], list[Example]]]:
+    """What `_packed` packed."""
+    with np.load(file, allow_pickle=False) as archive:
+        for number in itertools.count():
+            if f"{number}/about" not in archive:
+                return
+            found: dict[str, dict[str, np.ndarray]] = {"rows": {}, "column": {}, "sizes": {}}
+            for key in archive.files:
+                owner, kind, *name = key.split("/")
+                if owner == str(number) and name:
+                    found[kind][name[0]] = archive[key]
+            columns = {
+                name: np.split(values, np.cumsum(found["sizes"][name])[:-1]) for name, values in found["column"].items()
+            }
+            yield (
+                found["rows"],
+                [
+                    Example({name: parts[place] for name, parts in columns.items()}, int(tokens), weight, int(record))
+                    for place, (tokens, weight, record) in enumerate(archive[f"{number}/about"].tolist())
+                ],
+            )
 
 
 def _finish(answering: Answering, names: list[Path], parts: Path, output: Path | None) -> dict[str, Any]:
@@ -251,7 +314,7 @@ def _scores(answering: Answering, names: list[Path]) -> dict[str, Any]:
     judge, examples, rows = answering.task.judge, list[Example](), list[dict[str, np.ndarray]]()
     for name in names if judge else ():
         file = name.with_suffix(".scores")
-        for made, own in pickle.loads(file.read_bytes()) if file.exists() else ():
+        for made, own in _unpacked(file) if file.exists() else ():
             shift = {"number": made["number"] + len(examples)} if "number" in made else {}
             rows.append(made | shift)
             examples += own
@@ -345,7 +408,7 @@ class Answering:
                 continue
             told = self._references(record, whole)
             if told is None:
-                yield number, {"note": "its labels are not among the model's: it is not scored"}
+                yield number, {"note": "its reference does not fit the model's outputs: it is not scored"}
             examples[bool(told)] += whole
         for told, group in examples.items():
             if not group:
@@ -359,15 +422,16 @@ class Answering:
             )
 
     def _references(self, record: Any, examples: list[Example]) -> bool | None:
-        """Whether a record has what it is to be held against; None where the model does not know its labels, which are
-        taken out."""
+        """Whether a record has what it is to be held against; None where that does not fit the model, and is taken
+        out."""
         known = any(getattr(record, name, None) is not None for name in ("labels", "numbers", "tags", "answers"))
+        names, columns = self.context.labels.names, [one.columns for one in examples if COLUMN in one.columns]
         named = {name for example in examples for name in example.labels}
-        hashed = any(example.columns.get(COLUMN, np.zeros(0)).dtype == np.uint64 for example in examples)
-        if not (known and hashed and named - {*self.context.labels.names}):
+        numbers = [column[COLUMN] for column in columns if column[COLUMN].dtype == np.float64]
+        if not (columns and not numbers and named - {*names}) and all(len(one) == len(names) for one in numbers):
             return known
-        for example in examples:
-            example.columns.pop(COLUMN, None)
+        for column in columns:
+            del column[COLUMN]
         return None
 
     def _rows(self, examples: list[Example], device: torch.device) -> dict[str, np.ndarray]:
@@ -424,7 +488,8 @@ class Answering:
             kind, known = self.task.kind, self._asked.model_config
             self._plain = self._asked.load(layout.implementation(kind, known, padded=True)).to(device).eval()
         with own_settings(self._plain) as model, torch.no_grad():
-            sampling = Sampling(model, device, self._asked.stop_tokens, self._wanted.tokens, self._wanted.beams)
+            stops, wanted = self._asked.stop_tokens, self._wanted
+            sampling = Sampling(model, device, stops, wanted.tokens or TOKENS, wanted.beams or 1)
             for number, record in records.items():
                 try:
                     yield number, self.task.write(sampling, record, self.context)

@@ -260,4 +260,5 @@ TASK = Task(
     views=views,
     sample=sample,
     write=write,
+    writes_by=frozenset({"data.max_length"}),
 )

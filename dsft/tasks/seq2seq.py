@@ -347,4 +347,5 @@ TASK = Task(
     sample=sample,
     asked=ASKED,
     write=write,
+    writes_by=frozenset({"data.max_length", "data.on_overflow"}),
 )

@@ -179,6 +179,7 @@ class Task:
             its number; of tasks whose predictions come from rows.
         write: (sampling, record, context) -> what is told of a record, in JSON types; of tasks that generate. It
             raises ValueError where it cannot be.
+        writes_by: Which of `data.max_length` and `data.on_overflow` that reads.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
@@ -201,6 +202,7 @@ class Task:
     asked: Mapping[tuple[str, ...], Callable[[Fields, str], Record]] = field(default_factory=dict)
     answer: Callable[[dict[str, np.ndarray], Context, Examples, Records], Answers] | None = None
     write: Callable[[Sampling, Any, Context], dict[str, Any]] | None = None
+    writes_by: frozenset[str] = frozenset()
     views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 

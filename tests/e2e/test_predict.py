@@ -281,6 +281,11 @@ def test_a_run_its_model_and_its_adapters_say_the_same(home, scratch, tmp_path):
         (["model.path=nowhere"], "no directory"),
         (["task.overlap=8"], "task.overlap=8 does nothing with task=classify"),
         (["beam=2"], "Nearest: beams="),
+        (["beams=2"], "beams does nothing with task=classify"),
+        (
+            ["task=causal_lm", "model.path={causal}", "data.max_length=9"],
+            "data.max_length does nothing with task=causal_lm",
+        ),
         (["beams=0"], "beams=0 is a whole number, at least 1"),
         (["checkpoint=best"], "checkpoint=best does nothing without run_dir"),
         (["task=tag"], "without a head for task=tag"),
@@ -293,7 +298,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(home, scratch, tmp_path, 
     file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
     (tmp_path / "empty.jsonl").write_text("\n")
     usual = {"model.path": home / "classify", "input": file, "output": tmp_path / "said.jsonl"}
-    places = {"there": file, "empty": tmp_path / "empty.jsonl"}
+    places = {"causal": home / "causal", "there": file, "empty": tmp_path / "empty.jsonl"}
     changed = dict(one.format(**places).split("=", 1) for one in given)
     result = ask(scratch, *(f"{name}={value}" for name, value in (usual | changed).items()))
     assert result.code == 2, result.err
