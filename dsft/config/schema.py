@@ -20,6 +20,7 @@ from omegaconf import MISSING
 class Source(Enum):
     files = "files"
     pydoc = "pydoc"
+    pydoc_kinds = "pydoc_kinds"
 
 
 class Packing(Enum):
@@ -245,7 +246,8 @@ class FewShotConfig:
 @dataclass
 class DataConfig:
     source: Source = setting(Source.files, by_group=True)
-    """`files` reads `data.train`; `pydoc` makes records from installed Python documentation."""
+    """`files` reads `data.train`; `pydoc` makes chats of installed Python documentation, and `pydoc_kinds` texts
+    with the kind of thing that each documents as their label."""
     train: str | None = setting(None, acts=When("data.source", Source.files, choose="data=jsonl"))
     """A file of any format in docs/DATA.md, a directory or glob of these, or a hub id."""
     validation: str | None = None
@@ -281,8 +283,10 @@ class DataConfig:
     new_tokens: str | None = None
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""
-    packages: list[str] = setting([], acts=When("data.source", Source.pydoc, choose="data=pydoc"))
-    """Installed packages whose documentation `data=pydoc` adds to the standard library's."""
+    packages: list[str] = setting(
+        [], acts=When("data.source", Source.pydoc, Source.pydoc_kinds, choose="data=pydoc|pydoc_kinds")
+    )
+    """Installed packages whose documentation these add to the standard library's."""
     max_records: int | None = setting(None, range=AT_LEAST_1)
     """Read at most this many training records, in their order; null for all."""
     max_length: int = setting(512, range=AT_LEAST_2)

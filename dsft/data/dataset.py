@@ -166,7 +166,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     if data.source is Source.files and not data.train:
         raise UserError("data.train is not set: give a file, directory, glob or hub id, or choose data=pydoc")
     places = sources.places(data)
-    found: Readable = places["data.train"] if "data.train" in places else pydoc.Documentation(data.packages)
+    found: Readable = places.get("data.train") or pydoc.Documentation(data.packages, data.source is Source.pydoc_kinds)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
     _refuse_absent(found.name, data, entry)
     shares = [0.0 if given else share for given, share in ((data.validation, data.validation_share),

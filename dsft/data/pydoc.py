@@ -1,4 +1,4 @@
-"""Instruction records out of Python's own documentation: real text that every machine with Python has.
+"""Records out of Python's own documentation, chats or labelled texts: real text that every machine with Python has.
 
 Source files are parsed, never imported: importing all of the standard library has side effects (`this` prints,
 `antigravity` opens a browser). Only modules that are built into the interpreter have to be looked at alive.
@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import sysconfig
 import warnings
@@ -39,19 +40,26 @@ QUESTIONS = {
 }
 """Kind of thing -> forms of asking about it; `{}` is its qualified name and signature."""
 
+TELLING = {word.rstrip("es") for word in (*QUESTIONS, "subclass", "classmethod", "staticmethod", "package")}
+"""Words that name a kind of thing, without the ends of their plurals."""
+
+WORD, MASK = re.compile(r"\w+"), "_"
+
 Doc = tuple[str, str, str, str]  # kind, qualified name, signature, docstring
 
 
-def records(packages: list[str]) -> Iterator[Raw]:
-    """Question-and-answer records, one per public documented thing, in an order that is always the same.
+def records(packages: list[str], kinds: bool = False) -> Iterator[Raw]:
+    """Records of what is documented, one per public thing, in an order that is always the same.
 
     Equal docstrings make one record, so that a held-out answer is never trained on under another name.
 
     Args:
         packages: Importable names of installed packages to add to the standard library and the built-in modules.
+        kinds: Whether they are texts with the kind of thing as their label, and not chats.
 
     Yields:
-        Raw: `messages` with a user's question and the cleaned docstring as the assistant's answer.
+        Raw: `messages` with a user's question and the cleaned docstring as the assistant's answer; or `text`, the
+            docstring without words that give the label away, and `label`.
 
     Raises:
         UserError: A package is not installed, has no Python source or no documentation.
@@ -67,7 +75,7 @@ def records(packages: list[str]) -> Iterator[Raw]:
         for doc in long_enough:
             if doc[3] not in seen:
                 seen.add(doc[3])
-                yield _record(*doc)
+                yield _labelled(*doc) if kinds else _record(*doc)
 
 
 class Documentation:
@@ -75,15 +83,15 @@ class Documentation:
 
     Args:
         packages: As for `records`.
+        kinds: As for `records`.
 
     Raises:
         UserError: A package is not installed, or has no Python source.
     """
 
-    name = key = "pydoc"
-
-    def __init__(self, packages: list[str]) -> None:
-        self._packages = packages
+    def __init__(self, packages: list[str], kinds: bool = False) -> None:
+        self.name = self.key = "pydoc_kinds" if kinds else "pydoc"
+        self._packages, self._kinds = packages, kinds
         self._places = [_standard_library(), *map(_installed, packages)]
 
     def state(self) -> list[Any]:
@@ -92,7 +100,7 @@ class Documentation:
 
     def fingerprint(self) -> str:
         """A hash of everything that is read; much faster than making the records."""
-        digest = xxhash.xxh3_128(sys.version.encode())
+        digest = xxhash.xxh3_128(f"{self.name} {sys.version}".encode())
         for root, paths in self._places:
             for path in paths:
                 digest.update(f"{path.relative_to(root)}:{path.stat().st_size}:".encode())
@@ -101,7 +109,7 @@ class Documentation:
 
     def records(self) -> Iterator[Raw]:
         """See `records`."""
-        return records(self._packages)
+        return records(self._packages, self._kinds)
 
     def notes(self) -> dict[str, Any]:
         """Nothing is noticed of its files, which Python itself can read."""
@@ -225,3 +233,12 @@ def _record(kind: str, name: str, signature: str, docstring: str) -> Raw:
     question = forms[zlib.crc32(name.encode()) % len(forms)].format(name + signature)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": docstring}]
     return Raw({"messages": messages}, f"pydoc:{name}")
+
+
+def _labelled(kind: str, name: str, signature: str, docstring: str) -> Raw:
+    """A docstring in which neither kinds of things are named nor this thing, nor what holds it."""
+    own = {*name.split(".")}
+    text = WORD.sub(
+        lambda word: MASK if word[0] in own or word[0].lower().rstrip("es") in TELLING else word[0], docstring
+    )
+    return Raw({"text": text, "label": kind}, f"pydoc:{name}")

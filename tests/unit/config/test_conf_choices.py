@@ -4,7 +4,6 @@ from pathlib import Path
 
 import hydra
 import pytest
-import tiny
 import yaml
 from omegaconf import OmegaConf
 
@@ -12,15 +11,15 @@ from dsft import ds_config
 from dsft.config import load
 from dsft.config.check import check
 from dsft.config.schema import Config
-from dsft.metrics import comparable
-from dsft.tasks import settings_by_task
+from dsft.metrics import comparable, declare
+from dsft.tasks import TASKS, settings_by_task
 
 load.register()
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 CONTRACT = {
-    "model": {"smollm2_135m"},
-    "data": {"pydoc", "jsonl"},
+    "model": {"smollm2_135m", "minilm"},
+    "data": {"pydoc", "pydoc_kinds", "jsonl"},
     "tuning": {"full", "freeze", "lora"},
     "deepspeed": {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"},
     "optim": {"adamw", "sgd", "lion", "muon"},
@@ -53,7 +52,7 @@ def sound(*overrides: str) -> Config:
         ds_config.read(config.deepspeed.json),
         world_size=2,
         tasks=settings_by_task(),
-        metrics=comparable(tiny.METRICS),
+        metrics=comparable(declare(TASKS[config.task.name].metrics, TASKS[config.task.name].target)),
     )
     return config
 
@@ -74,8 +73,8 @@ def test_the_default_is_the_demo():
 def test_choices_compose_and_agree_with_each_other(overrides):
     config = sound(*overrides, *(extra for choice in overrides for extra in NEEDED.get(choice, [])))
     chosen = {
-        "model": "smollm2_135m" if "SmolLM2-135M" in config.model.path else None,
-        "data": {"files": "jsonl", "pydoc": "pydoc"}[config.data.source.name],
+        "model": "smollm2_135m" if "SmolLM2-135M" in config.model.path else "minilm",
+        "data": {"files": "jsonl"}.get(config.data.source.name, config.data.source.name),
         "tuning": config.tuning.method.name,
         "deepspeed": Path(config.deepspeed.json).stem,
         "optim": config.optim.name.name,

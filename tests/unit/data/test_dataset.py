@@ -308,7 +308,7 @@ def test_documentation_needs_no_file(data, monkeypatch):
         )
         for n in range(4)
     ]
-    monkeypatch.setattr(pydoc, "records", lambda packages: iter(raws))
+    monkeypatch.setattr(pydoc, "records", lambda packages, kinds: iter(raws))
     monkeypatch.setattr(pydoc.Documentation, "fingerprint", lambda self: "docs")
     train, validation, report = prepare(replace(data, source=Source.pydoc, train=None), TOKENIZER, "t", seed=0)
     assert (len(train), len(validation), report["train"]["source"]) == (3, 1, "pydoc")

@@ -1,6 +1,7 @@
 """Documentation becomes records: parsed and not imported, always in the same order."""
 
 import inspect
+import re
 import sys
 import textwrap
 
@@ -131,3 +132,18 @@ def test_a_package_without_documentation_is_named(small, name, message):
     (small / "compiled").mkdir()
     with pytest.raises(UserError, match=message):
         list(pydoc.records([name]))
+
+
+def test_texts_are_labelled_by_the_kind_of_thing_and_do_not_name_it(package):
+    found = {raw.origin.rpartition(".")[2]: raw.fields for raw in pydoc.records(["made_up_package"], kinds=True)}
+    assert {name: found[name]["label"] for name in ("A", "m", "f")} == {"A": "class", "m": "method", "f": "function"}
+    assert found["m"]["text"] == f"_. {LONG}" and found["c"]["text"] == f"_. {LONG}"
+    assert found["A"]["text"] == f"中文 {LONG}"
+
+
+def test_thousands_of_labelled_texts_of_four_kinds(stdlib):
+    texts = [raw.fields for raw in pydoc.records([], kinds=True)]
+    assert len(texts) == len(stdlib)
+    assert {row["label"] for row in texts} == {"module", "class", "function", "method"}
+    telling = re.compile(r"\b(class|method|function|module|package)(es|s)?\b", re.I)
+    assert not [row for row in texts if telling.search(row["text"])]
