@@ -216,7 +216,7 @@ def _blocks(found: Found | None, size: int) -> Iterator[tuple[int, list[Raw | Ba
 
 
 def _from_stdin() -> Iterator[Raw | BadRecord]:
-    for number, line in enumerate(sys.stdin, start=1):
+    for number, line in enumerate(sys.stdin.buffer, start=1):  # bytes, so that one that is no UTF-8 costs no other
         if not line.strip():
             continue
         origin = f"stdin:{number}"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from dsft import assemble, checkpoint
 from dsft.commands import export
-from dsft.config import load
+from dsft.config import check, load
 from dsft.config.schema import Config
 from dsft.errors import UserError
 from dsft.model import directory as directories
@@ -115,11 +115,14 @@ def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:
     local = Path(path).expanduser()
     adapters = local if (local / ADAPTERS).is_file() else None
     named: dict[str, Any] = directories.read_json(local / ADAPTERS) if adapters else {}
-    base, revision = (named["base_model_name_or_path"], named.get("revision")) if adapters else (path, None)
+    base, revision = (named.get("base_model_name_or_path"), named.get("revision")) if adapters else (path, None)
+    if not base:
+        raise UserError(f"model.path={path}: its {ADAPTERS} does not name the model that its adapters belong to")
     revision = given.get("model.revision", revision)
     # beside adapters with a head stands the config that says what its outputs are
     own = str(local) if adapters and (local / "config.json").is_file() else base
     name = task or _told_task(path, own, revision)
+    check.check_task(name, TASKS)
     config = load.changed(Config(), {"task.name": name, "model.path": path, "deepspeed.json": NO_ENGINE, **given})
     source = models.resolve(base, revision, config.data.cache_dir, TASKS[name].kind)
     if source.kind.headed:
@@ -142,6 +145,8 @@ def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:
     positions = getattr(made.model_config, "max_position_embeddings", None)
     if "data.max_length" not in given and positions:
         config.data.max_length = min(config.data.max_length, positions)
+    if positions and config.data.max_length > positions:
+        raise UserError(f"data.max_length={config.data.max_length} is more than the {positions} positions of {path}")
     return made
 
 

@@ -133,18 +133,17 @@ def test_standard_input_and_output(home, scratch):
     command = [sys.executable, "launch/predict.py", f"model.path={home / 'classify'}", "input=-", "output=-"]
     said = subprocess.run(
         command,
-        input='{"text": "狐狸 the owl"}\n\n[]\n',
+        input='{"text": "狐狸 the owl"}\n\n[]\n'.encode() + b'{"text": "\xff"}\n',
         capture_output=True,
-        text=True,
-        encoding="utf-8",
         cwd=helpers.ROOT,
         env=environment,
         check=False,
     )
     assert said.returncode == 0, said.stderr
-    first, second = map(json.loads, said.stdout.splitlines())
+    first, second, third = map(json.loads, said.stdout.splitlines())
     assert first["prediction"] in tiny.LABELS and first["origin"] == "stdin:1"
     assert second == {"record": 2, "origin": "stdin:3", "error": "no JSON object"}
+    assert third["origin"] == "stdin:4" and third["error"].startswith("no JSON: 'utf-8' codec can't decode")
 
 
 def test_tags_of_words_and_of_plain_text_in_windows(home, scratch, tmp_path):
@@ -288,6 +287,8 @@ def test_a_run_its_model_and_its_adapters_say_the_same(home, scratch, tmp_path):
         ),
         (["beams=0"], "beams=0 is a whole number, at least 1"),
         (["checkpoint=best"], "checkpoint=best does nothing without run_dir"),
+        (["data.max_length=999"], "is more than the 128 positions of"),
+        (["task=clasify"], "there is no such task. Did you mean task=classify?"),
         (["task=tag"], "without a head for task=tag"),
         (["data.on_overflow=split"], "what is learnt is said of the whole text"),
         (["output={there}"], "is there already"),
