@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from dsft.config.schema import DataConfig, OnOverflow, TaskConfig
-from dsft.metrics import Metric, mean
 from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import ASKED, SHAPES, Conversation
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
-from dsft.tasks.nll import perplexity
+from dsft.tasks.nll import token_metrics
 from dsft.tasks.render import Rendering, render
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View
 from dsft.tasks.template import chat_template
@@ -142,18 +141,7 @@ def _answered(sampling: Sampling, prompt: list[int], context: Context) -> list[i
     return sampling.generate(prompt, context.tokenizer.pad_token_id, room)[len(prompt) :]
 
 
-METRICS = {
-    "loss": Metric("nats per supervised token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
-    "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
-    "token_accuracy": Metric(
-        "share of supervised tokens predicted first",
-        "Token accuracy",
-        "{:.2%}",
-        ("correct", "weight"),
-        mean,
-        better="higher",
-    ),
-}
+METRICS = token_metrics("supervised")
 
 TASK = Task(
     shapes=SHAPES,

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.errors import UserError
-from dsft.metrics import Metric, mean
+from dsft.metrics import Metric
 from dsft.model.kind import MASKED
 from dsft.tasks import texts
 from dsft.tasks.conversation import Conversation, plain_text
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
-from dsft.tasks.nll import perplexity
+from dsft.tasks.nll import perplexity, token_metrics
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View
 from dsft.types import HAN, IGNORE_INDEX, Batch, Dropped, Example
 
@@ -222,9 +222,11 @@ def write(sampling: Sampling, record: Conversation, context: Context) -> dict[st
     return {"prediction": tokenizer.decode(ids[0].tolist(), skip_special_tokens=True), "guesses": guesses}
 
 
+_METRICS = token_metrics("hidden")
+
 METRICS = {
-    "loss": Metric("nats per hidden token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
-    "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
+    "loss": _METRICS["loss"],
+    "perplexity": _METRICS["perplexity"],
     "pseudo_perplexity": Metric(
         "exp of nats per token",
         "Pseudo-perplexity",
@@ -235,14 +237,7 @@ METRICS = {
         needs="eval.pseudo_perplexity",
         meaning="each token hidden alone (arXiv:1910.14659); left out with `eval.pseudo_perplexity=0`",
     ),
-    "token_accuracy": Metric(
-        "share of hidden tokens predicted first",
-        "Token accuracy",
-        "{:.2%}",
-        ("correct", "weight"),
-        mean,
-        better="higher",
-    ),
+    "token_accuracy": _METRICS["token_accuracy"],
 }
 
 TASK = Task(

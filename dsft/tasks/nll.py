@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsft.metrics import Metric, mean
 from dsft.model.kind import is_two_sided
 
 LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -258,3 +259,20 @@ def perplexity(loss: float, tokens: float) -> float | None:
     if not tokens:
         return None
     return math.exp(loss / tokens) if loss / tokens < 700 else math.inf
+
+
+def token_metrics(which: str) -> dict[str, Metric]:
+    """`loss`, `perplexity` and `token_accuracy` of a task that predicts tokens; `which` says which ones, for people."""
+    sums = "loss", "weight"
+    return {
+        "loss": Metric(f"nats per {which} token", "Loss", "{:.4f}", sums, mean, better="lower"),
+        "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", sums, perplexity, better="lower"),
+        "token_accuracy": Metric(
+            f"share of {which} tokens predicted first",
+            "Token accuracy",
+            "{:.2%}",
+            ("correct", "weight"),
+            mean,
+            better="higher",
+        ),
+    }

@@ -16,12 +16,11 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.blocks import TARGET
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import Metric, mean
 from dsft.model.kind import SEQ2SEQ
 from dsft.tasks import media, texts, weights
 from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward, decoder_ids
-from dsft.tasks.nll import perplexity
+from dsft.tasks.nll import token_metrics
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View, text_of
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
 
@@ -317,18 +316,7 @@ def beginning(model: Any, target: torch.Tensor, count: int) -> torch.Tensor:
     return decoder_ids(model, target)[:, :count]
 
 
-METRICS = {
-    "loss": Metric("nats per target token", "Loss", "{:.4f}", ("loss", "weight"), mean, better="lower"),
-    "perplexity": Metric("exp of the loss", "Perplexity", "{:,.4g}", ("loss", "weight"), perplexity, better="lower"),
-    "token_accuracy": Metric(
-        "share of target tokens predicted first",
-        "Token accuracy",
-        "{:.2%}",
-        ("correct", "weight"),
-        mean,
-        better="higher",
-    ),
-}
+METRICS = token_metrics("target")
 
 TASK = Task(
     shapes=SHAPES,
