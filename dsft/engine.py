@@ -39,6 +39,9 @@ def _muon() -> type:
     return MuonWithAuxAdam
 
 
+NORM_BLOCK = 1 << 16
+"""Elements of a block in `norm`."""
+
 DEEPSPEED_CLASSES: dict[str, Callable[[], type]] = {
     "FusedAdam": lambda: deepspeed.ops.adam.FusedAdam,
     "DeepSpeedCPUAdam": lambda: deepspeed.ops.adam.DeepSpeedCPUAdam,
@@ -68,11 +71,31 @@ def _gathered(zero_stage: int, parameters: list[nn.Parameter]) -> AbstractContex
     return deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else nullcontext()
 
 
-class _ExactNorms(TorchFunctionMode):
-    """Within it 2-norms of tensors on a CPU are summed in float64.
+def norm(tensor: torch.Tensor) -> torch.Tensor:
+    """The 2-norm of a tensor, a float64 scalar on its device; summed in float64.
 
-    torch adds the squares there one after the other in fp32: -6e-5 at 3 million elements, -1.5e-3 at 28 million. Some
-    of DeepSpeed's optimizers take the gradient's norm so.
+    torch adds squares on a CPU one after the other in fp32: -6e-5 at 3 million elements, -1.5e-3 at 28 million. Asked
+    for float64 it first makes such a copy of the whole tensor; a block at a time stays in the processor's cache.
+    """
+    if tensor.device.type != "cpu":
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    blocks = tensor.detach().reshape(-1).split(NORM_BLOCK)
+    double = torch.empty(min(NORM_BLOCK, tensor.numel()), dtype=torch.float64)
+    squares = []
+    for block in blocks:
+        part = double[: len(block)].copy_(block)
+        squares.append(torch.dot(part, part))
+    return torch.stack(squares).sum().sqrt()
+
+
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all tensors together, a float64 scalar on their device; summed in float64."""
+    return torch.stack([norm(tensor) for tensor in tensors]).norm()
+
+
+class _ExactNorms(TorchFunctionMode):
+    """Within it 2-norms of tensors on a CPU are summed in float64: some of DeepSpeed's optimizers take the gradient's so
+    that they are not.
     """
 
     def __torch_function__(
@@ -80,16 +103,14 @@ class _ExactNorms(TorchFunctionMode):
     ) -> Any:
         keywords = dict(keywords or {})
         if arguments and function in (torch.Tensor.norm, torch.norm, torch.linalg.vector_norm, torch.linalg.norm):
-            x = arguments[0]
+            x, *more = arguments
             if x.device.type == "cpu" and x.is_floating_point() and keywords.get("out") is None:
                 dtype = keywords.pop("dtype", None) or x.dtype
-                return function(x.double(), *arguments[1:], **keywords).to(dtype)
+                order = more[0] if more else keywords.get("ord", keywords.get("p", 2))
+                if order == 2 and len(more) < 2 and keywords.keys() <= {"ord", "p"}:
+                    return norm(x).to(dtype)
+                return function(x.double(), *more, **keywords).to(dtype)
         return function(*arguments, **keywords)
-
-
-def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all tensors together, a float64 scalar on their device; summed in float64."""
-    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm()
 
 
 class Stopwatch:
@@ -159,6 +180,8 @@ class Engine:
         if self._plain:
             # `_update_plain` clips, as it has the norm anyway
             self._engine._config.gradient_clipping = 0.0
+            # one rank alone has nobody to add its gradient to; DeepSpeed would copy all of it, and back
+            self._engine.enable_backward_allreduce = world.size > 1
         self._forwards = Stopwatch(world.device)
         self._norm: torch.Tensor | float = math.nan
         self._norm_scale = 1.0
