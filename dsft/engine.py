@@ -94,9 +94,7 @@ def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _ExactNorms(TorchFunctionMode):
-    """Within it 2-norms of tensors on a CPU are summed in float64: some of DeepSpeed's optimizers take the gradient's so
-    that they are not.
-    """
+    """Within it 2-norms of tensors on a CPU are summed in float64, which some of DeepSpeed's optimizers do not do."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,7 @@ class Evaluator:
         row: Which rows its metrics stand in: EVALUATION or TEST.
 
     Attributes:
+        decision: What decides answers beside the model (`Task.decision`); None where an evaluation is to find it.
         about: What the task has to show of the last evaluation beside its metrics (`Task.judge`), in JSON types.
     """
 
@@ -70,6 +72,7 @@ class Evaluator:
         self._batches = evaluation_batches(lengths, world.rank, world.size, micro_batch_size, token_budget)
         self._stop_tokens = list(stop_tokens)
         self.about: dict[str, Any] = {}
+        self.decision: dict[str, Any] | None = None
 
     def metrics(self, engine: Engine, bar: Callable[..., AbstractContextManager]) -> dict[str, float]:
         """The metrics of an evaluation over the whole set, the same on every rank; all ranks call it.
@@ -109,7 +112,7 @@ class Evaluator:
         if task.kind.by_document:
             order = np.argsort(np.concatenate([part[0] for part in parts]))
             rows = {name: values[order] for name, values in rows.items()}
-        found, self.about = task.judge(rows, context, self._dataset)
+        found, self.about = task.judge(rows, replace(context, decision=self.decision), self._dataset)
         return found
 
     def answers(self, engine: Engine) -> tuple[list[dict[str, str]], list[str]]:

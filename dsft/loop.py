@@ -72,8 +72,13 @@ class Loop:
         run_dir: The run's directory.
         save_frozen: Whether checkpoints hold weights that are not trained.
         extra_state: Further values to save with each checkpoint.
+        decide: (what the last evaluation has shown) -> what decides answers beside the model (`Task.decision`), where
+            anything does.
         record: What each checkpoint keeps of the run.
         probe: The document whose logits each checkpoint keeps.
+
+    Attributes:
+        decision: What it gave last.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Loop:
         run_dir: Path,
         save_frozen: bool,
         extra_state: Callable[[], dict[str, Any]],
+        decide: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
         record: checkpoint.Record | None = None,
         probe: Batch | None = None,
     ):
@@ -112,6 +118,8 @@ class Loop:
         self.run_dir = run_dir
         self.save_frozen = save_frozen
         self.extra_state = extra_state
+        self.decide = decide
+        self.decision = decide({}) if decide else {}
         self.record = record
         self.probe = probe
         self.counters = Counters()
@@ -150,6 +158,7 @@ class Loop:
             if last:
                 self.counters.finished = "steps"
             if self.counters.finished and self.tester:
+                self.tester.decision = self.decision
                 row = self.tester.metrics(self.engine, self.tracker.bar)
                 self.tracker.write({"step": self.counters.step, **row})
                 self.tracker.about("test", self.counters.step, self.tester.about)
@@ -184,6 +193,8 @@ class Loop:
         metrics = self.evaluator.metrics(self.engine, self.tracker.bar)
         self.tracker.write({"step": self.counters.step, **metrics})
         self.tracker.about("validation", self.counters.step, self.evaluator.about)
+        if self.decide:
+            self.decision = self.decide(self.evaluator.about)
         if self.train.best_metric not in metrics:
             raise UserError(
                 f"train.best_metric={self.train.best_metric}: this run's evaluations do not give it. Set it to one of "
@@ -214,6 +225,7 @@ class Loop:
             "loader": self.loader.state_dict(),
             "schedule": self.schedule.state_dict(),
             "intervals": self.world.gather_objects(self._ledger.state_dict()),
+            "decision": self.decision,
             **self.extra_state(),
         }
         path = checkpoint.save(
@@ -236,6 +248,7 @@ class Loop:
         self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})
         self.loader.load_state_dict(state["loader"])
         self.schedule.load_state_dict(state["schedule"])
+        self.decision = state["decision"]
         self._ledger.load_state_dict(state["intervals"][self.world.rank], self.world.device)
         return state
 

@@ -27,7 +27,7 @@ OWN = {
 SETTINGS = (
     "data.max_length data.on_overflow data.columns data.header data.ignore_fields "
     "data.prompt_template data.packing data.cache_dir eval.micro_batch_size precision model.revision "
-    "model.chat_template model.attention task.overlap task.max_answer_tokens task.no_answer_threshold "
+    "model.chat_template model.attention task.overlap task.max_answer_tokens task.no_answer_threshold task.thresholds "
     "task.source_prefix task.source_language task.target_language"
 ).split()
 """Settings of `launch/train.py` that a prediction depends on."""
@@ -86,7 +86,10 @@ def main() -> None:
             about = predict(place, Wanted(**arguments["wanted"]), Who(**arguments["who"]), arguments["given"])
         if place.rank == 0:
             scores = about.pop("scores", {})
+            decision = about.pop("decision", {})
             print(", ".join(f"{count} {name}" for name, count in about.items()), file=sys.stderr)
+            for name, value in decision.items():
+                print(f"the model keeps {name}: {value}", file=sys.stderr)
             for name, value in scores.items():
                 if isinstance(value, float | int):
                     print(f"{name}: {value:.4g}", file=sys.stderr)

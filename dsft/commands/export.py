@@ -18,6 +18,7 @@ from dsft.config import load
 from dsft.config.schema import Config, Method, Precision
 from dsft.errors import UserError
 from dsft.model import export as writing
+from dsft.model import head as heads
 from dsft.model import load as models
 from dsft.model import tuning, vocabulary
 from dsft.model.head import Head
@@ -48,6 +49,7 @@ def export(
     kept = read(run_dir, which)
     _check_merge(kept.config, merge, kept.path)
     model = kept.model(kept.source(model_path), kept.dtype, "eager", merge)
+    heads.keep_decision(model.config, kept.state["decision"])
     report = writing.write_model(
         model,
         kept.record.companions,

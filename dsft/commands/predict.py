@@ -109,7 +109,8 @@ def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) ->
         given: Settings, by name.
 
     Returns:
-        What became of the records: `records`, `predicted`, `errors`, and `scores` where there are references.
+        What became of the records: `records`, `predicted`, `errors`; `decision` where the model keeps one
+        (`Task.decision`), and `scores` where there are references.
 
     Raises:
         UserError: Model, input or a setting cannot be used, or the output is there already.
@@ -117,7 +118,8 @@ def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) ->
     output = _free(wanted.output)
     found = None if wanted.input == STDIN else Found(wanted.input, header=given.get("data.header", ()))
     asked = trained.find(who, given)
-    effect.enforce(asked.config, effect.by_task(asked.config, settings_by_task()), frozenset(given))
+    idle = (*effect.by_task(asked.config, settings_by_task()), *effect.by_choice(asked.config))
+    effect.enforce(asked.config, idle, frozenset(given))
     _refuse_idle(asked.task, asked.config.task.name, wanted, given)
     answering = Answering(asked, wanted)
     world = join(place)
@@ -297,6 +299,8 @@ def _finish(answering: Answering, names: list[Path], parts: Path, output: Path |
             about["errors"] += failed
             file.write(content)
     about["predicted"] = about["records"] - about["errors"]
+    if answering.context.decision:
+        about["decision"] = dict(answering.context.decision)
     if scores := _scores(answering, names):
         about["scores"] = scores
     if output is None:
@@ -344,7 +348,8 @@ class Answering:
         self._read = partial(read, shapes, ignored=config.data.ignore_fields)
         prompting = prompts.load(config.data, config.train.seed, self._read)
         labels = asked.labels
-        self.context = Context(asked.tokenizer, config.data, config.task, config.eval, config.train, prompting, labels)
+        sections = config.data, config.task, config.eval, config.train
+        self.context = Context(asked.tokenizer, *sections, prompting, labels, asked.decision)
         self.size = BLOCK if self.task.answer else WRITTEN_BLOCK
         self._module: TaskModule | None = None
         self._plain: Any = None
@@ -360,7 +365,7 @@ class Answering:
     def identity(self) -> str:
         """All that an answer depends on beside its record."""
         settings = load.to_yaml(replace(self._asked.config, run_dir=""))
-        how = [self._wanted.tokens, self._wanted.beams, str(self._asked.dtype), __version__]
+        how = [self._wanted.tokens, self._wanted.beams, str(self._asked.dtype), __version__, self._asked.decision]
         return json.dumps([settings, self._asked.fingerprint, *how])
 
     def piece(self, raws: Mapping[int, Raw | BadRecord], device: torch.device) -> Piece:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dsft.data import audit as audits
 from dsft.engine import Engine
 from dsft.errors import UserError
 from dsft.model import export, tuning
-from dsft.model.head import describe as describe_head
+from dsft.model import head as heads
 from dsft.optim import Schedule
 from dsft.runtime.files import write_json, write_text
 from dsft.runtime.locks import hold
@@ -150,6 +151,7 @@ def _loop(
             "new_tokens": plan.model.words.state_dict(),
             "wandb_id": world.broadcast(tracker.run_id),
         },
+        decide=partial(plan.task.decision, plan.collator.context) if plan.task.decision else None,
         record=checkpoint.Record(load.to_yaml(config), plan.model.companions),
         probe=assemble.probe(plan),
     )
@@ -180,7 +182,7 @@ def _begin(config: Config, plan: Plan, the_loop: loop.Loop, resume_from: Path | 
         tracker.note(_headline(the_loop.engine, plan, run_dir))
         if head := plan.model.source.head:
             new = getattr(the_loop.engine.module.plain, "new_parameters", [])
-            tracker.note(describe_head(head, new))
+            tracker.note(heads.describe(head, new))
         trained = config.tuning.method is Method.full or config.tuning.new_tokens
         for line in [*plan.model.words.notes(audit["new_tokens"], trained), plan.model.stopping.note]:
             if line:
@@ -255,6 +257,7 @@ def _export(plan: Plan, the_loop: loop.Loop) -> None:
     assert the_loop.probe is not None
     probe = Probe(the_loop.probe.tensors["input_ids"], engine.logits(the_loop.probe))
     with engine.inference() as module:
+        heads.keep_decision(module.plain.config, the_loop.decision)
         report = export.write_model(
             module.model,
             plan.model.companions,

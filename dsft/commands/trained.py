@@ -43,6 +43,7 @@ class Trained:
         model_config: The config of its language model.
         tokenizer: Its tokenizer.
         labels: Names of its outputs, where its task has any.
+        decision: What decides its answers beside it (`Task.decision`).
         stop_tokens: Token ids that end its answers.
         dtype: Type of weights and activations: that of training, unless another is given.
         load: (attention) -> the model, whole, on the host.
@@ -56,6 +57,7 @@ class Trained:
     dtype: torch.dtype
     load: Callable[[str], nn.Module]
     labels: Labels = field(default_factory=lambda: Labels(()))
+    decision: dict[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -107,7 +109,8 @@ def find(who: Who, given: Mapping[str, Any]) -> Trained:
     def loaded(attention: str) -> nn.Module:
         return kept.model(source, dtype, attention, merge=True)
 
-    return _trained(config, source, tokenizer, dtype, f"{source.fingerprint} {manifest}", loaded)
+    made = _trained(config, source, tokenizer, dtype, f"{source.fingerprint} {manifest}", loaded)
+    return replace(made, decision=kept.state["decision"])
 
 
 def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:
@@ -125,11 +128,13 @@ def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:
     check.check_task(name, TASKS)
     config = load.changed(Config(), {"task.name": name, "model.path": path, "deepspeed.json": NO_ENGINE, **given})
     source = models.resolve(base, revision, config.data.cache_dir, TASKS[name].kind)
+    decision: dict[str, Any] = {}
     if source.kind.headed:
         written = AutoConfig.from_pretrained(own if adapters else source.path, revision=source.revision)
         if not adapters and not models.own_labels(source):
             raise UserError(f"model.path={path}: {written.model_type} model without a head for task={name}: train one")
         source = replace(source, head=heads.described(written))
+        decision = heads.decision_of(written)
         config.task.multi_label = source.head is not None and source.head.problem == MULTI
     has_tokenizer = adapters and any(file for pattern in directories.TOKENIZERS for file in adapters.glob(pattern))
     beside = replace(source, path=str(local), revision=None) if has_tokenizer else source
@@ -141,7 +146,7 @@ def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:
 
     tokenizer = models.load_tokenizer(beside, config.model.chat_template)
     fingerprint = source.fingerprint + (models.fingerprint(adapters) if adapters else "")
-    made = _trained(config, source, tokenizer, dtype, fingerprint, loaded)
+    made = replace(_trained(config, source, tokenizer, dtype, fingerprint, loaded), decision=decision)
     positions = getattr(made.model_config, "max_position_embeddings", None)
     if "data.max_length" not in given and positions:
         config.data.max_length = min(config.data.max_length, positions)

@@ -99,13 +99,18 @@ def enforce(config: Config, idle: Iterable[Idle], given: Collection[str] | None)
     return warned
 
 
-def by_config(config: Config) -> Iterator[Idle]:
-    """What does nothing, as far as the config alone can tell."""
+def by_choice(config: Config) -> Iterator[Idle]:
+    """What does nothing because of what another setting chooses."""
     for name, when in known("acts").items():
         chosen = attrgetter(when.selector)(config)
         if chosen not in when.values:
             why = f"does nothing with {when.selector}={text(chosen)}: choose {when.choose}, or leave {name} out."
             yield Idle(name, f"{shown(config, name)} {why}")
+
+
+def by_config(config: Config) -> Iterator[Idle]:
+    """What does nothing, as far as the config alone can tell."""
+    yield from by_choice(config)
     data, train = config.data, config.train
     if data.validation is not None:
         yield Idle(

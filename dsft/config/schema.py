@@ -92,6 +92,11 @@ class ChunkPool(Enum):
     vote = "vote"
 
 
+class Thresholds(Enum):
+    tuned = "tuned"
+    half = "half"
+
+
 class Balance(Enum):
     none = "none"
     balanced = "balanced"
@@ -355,6 +360,11 @@ class TaskConfig:
     names by the alphabet."""
     multi_label: bool = setting(False, of_some_tasks=True)
     """Whether a record may have several labels at once, or none; each is then decided by itself."""
+    thresholds: Thresholds = setting(
+        Thresholds.tuned, of_some_tasks=True, acts=When("task.multi_label", True, choose="task.multi_label=true")
+    )
+    """How probable a label has to be so that predictions give it, with `task.multi_label`: `tuned` is what makes its F1
+    best on the validation set (one half where there was none), `half` is one half."""
     balance: Balance = setting(Balance.none, of_some_tasks=True)
     """What a record counts in the loss of training by how frequent its label is: `balanced` as n / (labels x n of the
     label), `effective_number` by (1 - beta) / (1 - beta^n) (arXiv:1901.05555); both are 1 in the mean over records."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ DROPOUTS = (
 
 POOLING = "classifier_pooling"
 """Name under which ModernBERT and its kin keep how they pool."""
+
+DECISION = "dsft_decision"
+"""Name under which a config keeps what decides answers beside the model."""
 
 SHOWN = 10
 """Labels that a message lists at most."""
@@ -90,6 +93,17 @@ def described(config: PreTrainedConfig) -> Head:
     pool = getattr(config, POOLING, None)
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     return Head(names, config.problem_type or SINGLE, pool=Pool(pool) if pool else None, pad_token_id=pad)
+
+
+def keep_decision(config: PreTrainedConfig, decision: Mapping[str, Any]) -> None:
+    """Write into a model's config what decides answers beside the model, which transformers keeps and does not read."""
+    if decision:
+        setattr(config, DECISION, dict(decision))
+
+
+def decision_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `keep_decision` wrote; nothing where it did not."""
+    return getattr(config, DECISION, {})
 
 
 def configure(config: PreTrainedConfig, head: Head, kind: Kind) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsft.config.schema import TaskConfig
+from dsft.config.schema import TaskConfig, Thresholds
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.metrics import Metric, classification, judged, mean
@@ -23,6 +23,8 @@ from dsft.tasks.forward import Forward
 from dsft.tasks.labels import Labels
 from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, View
 from dsft.types import Batch, Dropped, Example
+
+THRESHOLDS = "thresholds"
 
 SHOWN = 100
 """Labels of which a table shows at most which were taken for which."""
@@ -181,11 +183,14 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
     if context.task.multi_label:
         halves = np.full(len(names), 0.5)
         numbers = classification.multi_label(logits, targets, counts, halves)
-        tuned = classification.tuned_thresholds(logits, targets, counts)
-        best = classification.multi_label(logits, targets, counts, tuned)
-        numbers |= {f"{name}_tuned": best[name] for name in ("f1_micro", "f1_macro") if name in best}
         each = classification.per_label(logits, targets, counts, halves)
-        about = {"thresholds": dict(zip(names, tuned.tolist()))}
+        tuned = _thresholds(context)
+        if context.decision is None:
+            tuned = classification.tuned_thresholds(logits, targets, counts)
+        if tuned is not None:
+            best = classification.multi_label(logits, targets, counts, tuned)
+            numbers |= {f"{name}_tuned": best[name] for name in ("f1_micro", "f1_macro") if name in best}
+            about = {THRESHOLDS: dict(zip(names, tuned.tolist()))}
     else:
         numbers = classification.single_label(logits, targets, counts)
         each = classification.per_label(logits, targets, counts)
@@ -195,13 +200,27 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
     return numbers, {"labels": dict(zip(names, each))} | about
 
 
+def _thresholds(context: Context) -> np.ndarray | None:
+    """How probable each label has to be, shape (labels,), as an earlier evaluation has found; None where none has."""
+    kept = (context.decision or {}).get(THRESHOLDS)
+    return np.array([kept[name] for name in context.labels.names]) if kept else None
+
+
+def decision(context: Context, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The thresholds of several labels at once, by which F1 of each is best on the validation set."""
+    return {THRESHOLDS: about[THRESHOLDS]} if THRESHOLDS in about else {}
+
+
 def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
-    """The likeliest label, or all that are likelier than not where there may be several; and how probable each is."""
+    """The likeliest label; where there may be several all that reach their threshold, or are likelier than not; and how
+    probable each is."""
     names, several = context.labels.names, context.task.multi_label
+    tuned = _thresholds(context) if context.task.thresholds is Thresholds.tuned else None
+    least = np.full(len(names), 0.5) if tuned is None else tuned
     rows, numbers = texts.by_record(rows, context, data, several), dict.fromkeys(texts.records(data).tolist())
     logits = torch.from_numpy(rows["logits"]).double()
     for number, each in zip(numbers, (logits.sigmoid() if several else logits.softmax(-1)).tolist()):
-        told = [name for name, p in zip(names, each) if p > 0.5] if several else names[int(np.argmax(each))]
+        told = [n for n, p, at in zip(names, each, least) if p >= at] if several else names[int(np.argmax(each))]
         yield number, {"prediction": told, "probabilities": dict(zip(names, each))}
 
 
@@ -229,8 +248,8 @@ METRICS = {
     "f1_samples": judged("mean over records, with several labels at once", "F1, samples", "f1_samples"),
     "hamming_loss": judged("share of decisions, with several labels at once", "Hamming loss", "hamming_loss",
                             better="lower"),
-    "f1_micro_tuned": judged("with thresholds tuned on the same records", "F1, micro, tuned", "f1_micro_tuned"),
-    "f1_macro_tuned": judged("with thresholds tuned on the same records", "F1, macro, tuned", "f1_macro_tuned"),
+    "f1_micro_tuned": judged("with thresholds tuned on the validation set", "F1, micro, tuned", "f1_micro_tuned"),
+    "f1_macro_tuned": judged("with thresholds tuned on the validation set", "F1, macro, tuned", "f1_macro_tuned"),
 }  # fmt: skip
 
 TASK = Task(
@@ -246,11 +265,12 @@ TASK = Task(
     head=head,
     problems=frozenset({SINGLE, MULTI}),
     judge=judge,
+    decision=decision,
     asked=ASKED,
     answer=answer,
     settings=frozenset(
         "data.balance model.allow_missing task.labels task.multi_label task.balance task.effective_beta "
-        "task.chunk.length task.chunk.stride task.chunk.pool "
+        "task.chunk.length task.chunk.stride task.chunk.pool task.thresholds "
         "task.label_weights task.focal_gamma task.label_smoothing task.head_init task.head_dropout task.pool".split()
     ),
 )

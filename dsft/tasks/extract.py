@@ -28,6 +28,8 @@ from dsft.tasks.task import Answers, Context, Examples, Outcome, Records, Task, 
 from dsft.tasks.windows import windows
 from dsft.types import Batch, Dropped, Example, Record
 
+THRESHOLD = "no_answer_threshold"
+
 NO_ROOM = "questions that leave no room for the text in data.max_length"
 NO_TOKEN = "answers that the tokenizer leaves nothing of"
 MOVED = "answers that are not where `answer_start` says, which were looked for nearby"
@@ -325,7 +327,7 @@ def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tupl
     rows = {name: values[order] for name, values in rows.items()}
     parts = groupby(range(len(order)), key=lambda number: data[number].record)
     found = _Answered(*map(np.array, zip(*(_answered(rows, list(part), data) for _, part in parts))))
-    threshold = context.task.no_answer_threshold
+    threshold = _threshold(context)
     scores, empty, counts = found.scores(np.inf if threshold is None else threshold), found.empty, found.counts
     numbers = {"questions": float(counts.sum())} | dict(zip(("exact", "f1"), _means(scores, counts)))
     if not empty.any():
@@ -361,10 +363,22 @@ class _Answered(NamedTuple):
         return np.where((self.margins > threshold)[:, None], self.nothing, self.said)
 
 
+def _threshold(context: Context) -> float | None:
+    """By how much no answer has to score more; None where every question is answered."""
+    given = context.task.no_answer_threshold
+    return given if given is not None else (context.decision or {}).get(THRESHOLD)
+
+
+def decision(context: Context, about: Mapping[str, Any]) -> dict[str, Any]:
+    """How a question is said to have no answer, as it was given, or told by the training data."""
+    threshold = context.task.no_answer_threshold
+    return {} if threshold is None else {THRESHOLD: threshold}
+
+
 def answer(rows: dict[str, np.ndarray], context: Context, data: Examples, records: Records) -> Answers:
     """A question's answer and where it is in the text, or none; with the logits of both, each the sum of two."""
     rows = {name: values[np.argsort(rows["number"])] for name, values in rows.items()}
-    threshold = context.task.no_answer_threshold
+    threshold = _threshold(context)
     for number, part in groupby(range(len(data)), key=lambda place: data[place].record):
         numbers = list(part)
         (begin, end), best = _said(rows, numbers, data)
@@ -429,6 +443,7 @@ TASK = Task(
     settle=settle,
     head=head,
     judge=judge,
+    decision=decision,
     asked=ASKED,
     answer=answer,
     settings=frozenset(

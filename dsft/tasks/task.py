@@ -44,6 +44,7 @@ class Context:
         train: The run's.
         prompting: What is done to each row before it is read.
         labels: The labels of the run, known when all records are read, where its task has any.
+        decision: What decides answers beside the model (`Task.decision`); None where an evaluation is to find it.
         seed: What everything that is drawn depends on, `train.seed`.
     """
 
@@ -54,6 +55,7 @@ class Context:
     train: TrainConfig = field(default_factory=TrainConfig)
     prompting: Prompting = field(default_factory=Prompting)
     labels: Labels = field(default_factory=partial(Labels, ()))
+    decision: Mapping[str, Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -173,6 +175,8 @@ class Task:
         problems: Those that a model's config may name (`problem_type`) where several tasks share a kind.
         judge: (rows of an evaluation, those of documents in the order of examples, context, the examples) -> the
             quantities that its metrics are formed from, and what is to be shown beside them, in JSON types.
+        decision: (context, what `judge` has shown of the last evaluation, if there was one) -> what decides answers
+            beside the model, in JSON types: it is kept with the model, for the test set and for predictions.
         asked: Shapes of records without what is to be told of them, as `shapes`, before which they go; `encode` makes
             examples of these too, which `loss` gives rows of.
         answer: (rows as `judge` gets them, context, the examples, their records) -> what is told of each record, by
@@ -199,6 +203,7 @@ class Task:
     head: Callable[[Context], Head] | None = None
     problems: frozenset[str] = frozenset()
     judge: Judge | None = None
+    decision: Callable[[Context, Mapping[str, Any]], dict[str, Any]] | None = None
     asked: Mapping[tuple[str, ...], Callable[[Fields, str], Record]] = field(default_factory=dict)
     answer: Callable[[dict[str, np.ndarray], Context, Examples, Records], Answers] | None = None
     write: Callable[[Sampling, Any, Context], dict[str, Any]] | None = None

@@ -273,6 +273,78 @@ def test_a_run_its_model_and_its_adapters_say_the_same(home, scratch, tmp_path):
         assert other == pytest.approx(said[0], rel=1e-4)
 
 
+def test_thresholds_of_the_validation_set_decide_the_test_set_and_predictions(home, scratch, tmp_path):
+    """Several labels at once; a run, its model and its adapters keep them, and scikit-learn counts the same."""
+    parts = {name: tmp_path / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    for seed, (file, count) in enumerate(zip(parts.values(), (40, 17, 23))):
+        rows = [{"text": row["text"], "labels": row["label"]} for row in tiny.labelled_rows(count, seed, several=True)]
+        tiny.write_jsonl(file, rows)
+    run = tmp_path / "run"
+    arguments = [f"run_dir={run}", "task=classify", "task.multi_label=true", f"model.path={home / 'masked'}"]
+    arguments += [
+        "data=jsonl",
+        *(f"data.{name}={file}" for name, file in parts.items()),
+        "tuning=lora",
+        "optim.lr=0.003",
+    ]
+    arguments += [f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=48", "precision=fp32", "train.max_steps=6"]
+    result = helpers.train(arguments, scratch)
+    assert result.code == 0, result.err
+    exported = ["launch/export.py", f"run_dir={run}", "merge=false", f"output={tmp_path / 'adapters'}"]
+    assert helpers.script(exported, scratch).code == 0
+    about = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    thresholds = about["validation"]["thresholds"]
+    assert about["test"]["thresholds"] == thresholds and set(thresholds.values()) != {0.5}
+    tested = next(row for row in helpers.rows(run) if "test/f1_macro_tuned" in row)
+    names, usual = list(thresholds), ["data.max_length=48"]
+    true = [[name in row["labels"] for name in names] for row in lines(parts["test"])]
+    for number, who in enumerate(
+        ([f"run_dir={run}"], [f"model.path={run / 'model'}", *usual], [f"model.path={tmp_path / 'adapters'}", *usual])
+    ):
+        output = tmp_path / f"{number}.jsonl"
+        result = ask(scratch, *who, f"input={parts['test']}", f"output={output}")
+        assert result.code == 0, result.err
+        assert "the model keeps thresholds: {" in result.err
+        said = lines(output)
+        for line in said:
+            assert line["prediction"] == [name for name in names if line["probabilities"][name] >= thresholds[name]]
+        given = [[name in line["prediction"] for name in names] for line in said]
+        macro = judge.f1_score(true, given, average="macro", zero_division=0)
+        assert macro == pytest.approx(tested["test/f1_macro_tuned"], abs=1e-9)
+        scores = json.loads((tmp_path / f"{number}.jsonl.scores.json").read_text())
+        assert scores["f1_macro_tuned"] == pytest.approx(macro, abs=1e-9)
+    output = tmp_path / "half.jsonl"
+    result = ask(scratch, f"run_dir={run}", "task.thresholds=half", f"input={parts['test']}", f"output={output}")
+    assert result.code == 0, result.err
+    for line in lines(output):
+        assert line["prediction"] == [name for name in names if line["probabilities"][name] >= 0.5]
+
+
+def test_what_the_data_have_told_of_questions_without_an_answer_is_kept(home, scratch, tmp_path):
+    data, run = tiny.write_jsonl(tmp_path / "x.jsonl", tiny.asked_rows(40)), tmp_path / "run"
+    arguments = [f"run_dir={run}", "task=extract", f"model.path={home / 'masked'}", "data=jsonl", "tuning=lora"]
+    arguments += [f"data.train={data}", f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=48", "precision=fp32"]
+    result = helpers.train([*arguments, "train.max_steps=24", "optim.lr=0.03"], scratch)
+    assert result.code == 0, result.err
+    exported = ["launch/export.py", f"run_dir={run}", "merge=false", f"output={tmp_path / 'adapters'}"]
+    assert helpers.script(exported, scratch).code == 0
+    usual = ["data.max_length=48"]
+    places = [
+        [f"run_dir={run}"],
+        [f"model.path={run / 'model'}", *usual],
+        [f"model.path={tmp_path / 'adapters'}", *usual],
+    ]
+    for number, who in enumerate([*places, [*places[0], "task.no_answer_threshold=-1000"]]):
+        output = tmp_path / f"{number}.jsonl"
+        result = ask(scratch, *who, f"input={data}", f"output={output}")
+        assert result.code == 0, result.err
+        assert "the model keeps no_answer_threshold: 0.0" in result.err
+        least, said = -1000 if number == len(places) else 0, lines(output)
+        assert any(line["prediction"] == "" for line in said)
+        for line in said:
+            assert (line["prediction"] == "") == (line["no_answer_score"] - line["score"] > least)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -285,6 +357,7 @@ def test_a_run_its_model_and_its_adapters_say_the_same(home, scratch, tmp_path):
             ["task=causal_lm", "model.path={causal}", "data.max_length=9"],
             "data.max_length does nothing with task=causal_lm",
         ),
+        (["task.thresholds=half"], "task.thresholds=half does nothing with task.multi_label=false"),
         (["beams=0"], "beams=0 is a whole number, at least 1"),
         (["checkpoint=best"], "checkpoint=best does nothing without run_dir"),
         (["data.max_length=999"], "is more than the 128 positions of"),
