@@ -21,6 +21,7 @@ class Source(Enum):
     files = "files"
     pydoc = "pydoc"
     pydoc_kinds = "pydoc_kinds"
+    pydoc_code = "pydoc_code"
 
 
 class Packing(Enum):
@@ -251,8 +252,8 @@ class FewShotConfig:
 @dataclass
 class DataConfig:
     source: Source = setting(Source.files, by_group=True)
-    """`files` reads `data.train`; `pydoc` makes chats of installed Python documentation, and `pydoc_kinds` texts
-    with the kind of thing that each documents as their label."""
+    """`files` reads `data.train`; `pydoc` makes chats of installed Python documentation, `pydoc_kinds` texts with
+    the kind of thing that each documents as their label, and `pydoc_code` tagged words of installed Python code."""
     train: str | None = setting(None, acts=When("data.source", Source.files, choose="data=jsonl"))
     """A file of any format in docs/DATA.md, a directory or glob of these, or a hub id."""
     validation: str | None = None
@@ -289,9 +290,16 @@ class DataConfig:
     """UTF-8 file with tokens to add to the tokenizer, one per line; markers in angle brackets and bars, as ChatML has,
     become special tokens. They take rows that the model has to spare, else `model.resize_embeddings=true` is needed."""
     packages: list[str] = setting(
-        [], acts=When("data.source", Source.pydoc, Source.pydoc_kinds, choose="data=pydoc|pydoc_kinds")
+        [],
+        acts=When(
+            "data.source",
+            Source.pydoc,
+            Source.pydoc_kinds,
+            Source.pydoc_code,
+            choose="data=pydoc|pydoc_kinds|pydoc_code",
+        ),
     )
-    """Installed packages whose documentation these add to the standard library's."""
+    """Installed packages whose documentation, or code, these add to the standard library's."""
     max_records: int | None = setting(None, range=AT_LEAST_1)
     """Read at most this many training records, in their order; null for all."""
     max_length: int = setting(512, range=AT_LEAST_2)

@@ -34,6 +34,7 @@ from dsft.data import (
     json_stream,
     json_text,
     prompting,
+    pycode,
     pydoc,
     questions,
     raw,
@@ -166,7 +167,7 @@ def prepare(data: DataConfig, encode: Encode, recipe: dict[str, Any], seed: int)
     if data.source is Source.files and not data.train:
         raise UserError("data.train is not set: give a file, directory, glob or hub id, or choose data=pydoc")
     places = sources.places(data)
-    found: Readable = places.get("data.train") or pydoc.Documentation(data.packages, data.source is Source.pydoc_kinds)
+    found: Readable = places.get("data.train") or pydoc.Documentation(data.packages, data.source)
     key, entry = _entry(found, data, encode, recipe, data.max_records)
     _refuse_absent(found.name, data, entry)
     shares = [0.0 if given else share for given, share in ((data.validation, data.validation_share),
@@ -240,7 +241,7 @@ def code_version(modules: Iterable[str]) -> str:
 @cache
 def _own_version() -> str:
     readers = (sources, raw, text, json_text, json_stream, json_decoder, delimited, document, arrow, conll, questions)
-    modules = (*readers, prompting, choice, splits, card, pydoc, blocks, entries)
+    modules = (*readers, prompting, choice, splits, card, pydoc, pycode, blocks, entries)
     return code_version([__file__, *(str(module.__file__) for module in modules)])
 
 

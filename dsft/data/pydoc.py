@@ -22,6 +22,8 @@ from typing import Any
 
 import xxhash
 
+from dsft.config.schema import Source
+from dsft.data import pycode
 from dsft.data.sources import Raw
 from dsft.errors import UserError
 from dsft.runtime.files import describe, hash_file
@@ -64,9 +66,9 @@ def records(packages: list[str], kinds: bool = False) -> Iterator[Raw]:
     Raises:
         UserError: A package is not installed, has no Python source or no documentation.
     """
-    installed = [(package, *_installed(package)) for package in packages]  # mistakes first, the slow part after
+    installed = _named(packages)  # mistakes first, the slow part after
     standard = chain(_documented(*_standard_library()), _built_in())
-    added = ((f"data.packages: {name}", _documented(root, paths)) for name, root, paths in installed)
+    added = ((place, _documented(root, paths)) for place, root, paths in installed)
     seen: set[str] = set()
     for place, docs in chain([("standard library", standard)], added):
         long_enough = [doc for doc in docs if len(doc[3]) >= MIN_CHARACTERS]
@@ -78,20 +80,42 @@ def records(packages: list[str], kinds: bool = False) -> Iterator[Raw]:
                 yield _labelled(*doc) if kinds else _record(*doc)
 
 
-class Documentation:
-    """All that `records` reads, in the same shape as a file source.
+def code(packages: list[str]) -> Iterator[Raw]:
+    """Functions as words with what each name is (`pycode.records`), each wording once, in an order that is always the
+    same.
 
     Args:
         packages: As for `records`.
-        kinds: As for `records`.
+
+    Raises:
+        UserError: A package is not installed, has no Python source or no function that fits.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for place, root, paths in [("standard library", *_standard_library()), *_named(packages)]:
+        found = False
+        for raw in chain.from_iterable(pycode.records(path, _module_name(path, root)) for path in paths):
+            found, wording = True, tuple(raw.fields["tokens"])
+            if wording not in seen:
+                seen.add(wording)
+                yield raw
+        if not found:
+            raise UserError(f"{place} has no function of {pycode.LEAST} to {pycode.MOST} words")
+
+
+class Documentation:
+    """Records of installed Python source, in the same shape as a file source.
+
+    Args:
+        packages: As for `records`.
+        source: `pydoc` and `pydoc_kinds` are `records`, `pydoc_code` is `code`.
 
     Raises:
         UserError: A package is not installed, or has no Python source.
     """
 
-    def __init__(self, packages: list[str], kinds: bool = False) -> None:
-        self.name = self.key = "pydoc_kinds" if kinds else "pydoc"
-        self._packages, self._kinds = packages, kinds
+    def __init__(self, packages: list[str], source: Source = Source.pydoc) -> None:
+        self.name = self.key = source.value
+        self._packages, self._source = packages, source
         self._places = [_standard_library(), *map(_installed, packages)]
 
     def state(self) -> list[Any]:
@@ -108,8 +132,10 @@ class Documentation:
         return digest.hexdigest()
 
     def records(self) -> Iterator[Raw]:
-        """See `records`."""
-        return records(self._packages, self._kinds)
+        """See `records` and `code`."""
+        if self._source is Source.pydoc_code:
+            return code(self._packages)
+        return records(self._packages, self._source is Source.pydoc_kinds)
 
     def notes(self) -> dict[str, Any]:
         """Nothing is noticed of its files, which Python itself can read."""
@@ -118,6 +144,10 @@ class Documentation:
     def about(self) -> dict[str, Any]:
         """There is nothing to say of them."""
         return {}
+
+
+def _named(packages: list[str]) -> list[tuple[str, Path, list[Path]]]:
+    return [(f"data.packages: {package}", *_installed(package)) for package in packages]
 
 
 def _standard_library() -> tuple[Path, list[Path]]:

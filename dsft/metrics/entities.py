@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 Entity = tuple[str, int, int]
 """Type, and words (begin, end exclusive)."""
 
@@ -90,6 +92,21 @@ class Found:
             kind: _three(self.right[kind], self.found[kind], self.there[kind]) | {"support": float(self.there[kind])}
             for kind in sorted(self.there.keys() | self.found.keys())
         }
+
+
+def by_tag(table: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For each plain tag `precision`, `recall`, `f1` and `support` in words, of those that a word has or is given.
+
+    Args:
+        table: Words that have the tag of the row and were given that of the column, shape (tags, tags).
+        names: Of the tags.
+    """
+    right, found, there = (part.tolist() for part in (np.diag(table), table.sum(0), table.sum(1)))
+    return {
+        name: _three(right[n], found[n], there[n]) | {"support": there[n]}
+        for n, name in enumerate(names)
+        if found[n] or there[n]
+    }
 
 
 def _three(right: float, found: float, there: float) -> dict[str, float]:

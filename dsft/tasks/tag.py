@@ -17,7 +17,7 @@ from dsft.config.schema import OnOverflow, TaskConfig
 from dsft.data.dataset import Prepared
 from dsft.data.sources import Fields
 from dsft.errors import UserError
-from dsft.metrics import SHOWN, Metric, entities, judged, mean
+from dsft.metrics import SHOWN, Metric, classification, entities, judged, mean
 from dsft.model.head import SINGLE, Head
 from dsft.model.kind import TOKEN
 from dsft.tasks import labels as naming
@@ -266,15 +266,18 @@ def loss(forward: Forward, batch: Batch, settings: TaskConfig) -> Outcome:
 
 
 def judge(rows: dict[str, np.ndarray], context: Context, data: Examples) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of an evaluation: entities strictly, by type and both ends, or plain tags; windows of a record are
-    joined. Sequences that are not legal are read by the rule of `metrics.entities`."""
+    """The numbers of an evaluation: entities strictly, by type and both ends, or words by plain tag; windows of a
+    record are joined. Sequences that are not legal are read by the rule of `metrics.entities`."""
     order = np.lexsort((rows["word"], rows["record"]))
     rows = {name: values[order] for name, values in rows.items()}
     right = rows["predicted"] == rows["true"]
     numbers = {"accuracy": float((right * rows["counts"]).sum() / rows["counts"].sum())}
     names = context.labels.names
     if not entities.is_scheme(names):
-        return numbers, {}
+        table = classification.confusion(rows["predicted"], rows["true"], rows["counts"], len(names))
+        by_tag = entities.by_tag(table, names)
+        f1 = [row["f1"] for row in by_tag.values()]
+        return numbers | {"tag_f1_macro": sum(f1) / len(f1)}, {"labels": by_tag}
     found, at = entities.Found(), 0
     for _, run in groupby(rows["record"].tolist()):
         here = slice(at, at + len(list(run)))
@@ -315,6 +318,7 @@ METRICS = {
     "precision": judged("share of entities found", "Entity precision", "precision"),
     "recall": judged("share of entities there", "Entity recall", "recall"),
     "f1_macro": judged("mean over types", "Entity F1, macro", "f1_macro"),
+    "tag_f1_macro": judged("mean over tags", "Tag F1, macro", "tag_f1_macro", meaning="of plain tags", **SHOWN),
 }
 
 TASK = Task(

@@ -19,7 +19,7 @@ load.register()
 CONF = Path(__file__).resolve().parents[3] / "conf"
 CONTRACT = {
     "model": {"smollm2_135m", "minilm"},
-    "data": {"pydoc", "pydoc_kinds", "jsonl"},
+    "data": {"pydoc", "pydoc_kinds", "pydoc_code", "jsonl"},
     "tuning": {"full", "freeze", "lora"},
     "deepspeed": {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"},
     "optim": {"adamw", "sgd", "lion", "muon"},

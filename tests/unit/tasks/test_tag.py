@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiny
+from sklearn import metrics
 
 from dsft.config.schema import DataConfig, OnOverflow
 from dsft.data.sources import BadRecord, Raw
@@ -139,11 +140,20 @@ def test_what_is_too_long_is_split_dropped_or_refused_but_never_cut():
             encoded(row, data, overlap=overlap)
 
 
-def test_plain_tags_have_an_accuracy_and_no_entities():
-    context = replace(tiny.collator("tag").context, labels=labels.Labels(("NOUN", "VERB")))
-    rows = {"predicted": np.array([0, 1, 1]), "true": np.array([0, 1, 0]), "counts": np.ones(3)}
-    rows |= {"record": np.zeros(3, int), "word": np.arange(3)}
-    assert tag.judge(rows, context, []) == ({"accuracy": 2 / 3}, {})
+def test_plain_tags_are_counted_by_word_as_scikit_learn_counts_them():
+    names, random = ("ADJ", "NOUN", "VERB", "X"), np.random.default_rng(0)
+    context = replace(tiny.collator("tag").context, labels=labels.Labels(names))
+    rows = {name: random.integers(0, 3, 60) for name in ("predicted", "true")} | {"counts": random.random(60)}
+    rows |= {"record": np.repeat(np.arange(6), 10), "word": np.tile(np.arange(10), 6)}
+    numbers, about = tag.judge(rows, context, [])
+    given = rows["true"], rows["predicted"]
+    assert numbers["accuracy"] == pytest.approx(metrics.accuracy_score(*given, sample_weight=rows["counts"]))
+    macro = metrics.f1_score(*given, average="macro", sample_weight=rows["counts"])
+    assert numbers["tag_f1_macro"] == pytest.approx(macro) and "f1" not in numbers
+    each = metrics.precision_recall_fscore_support(*given, sample_weight=rows["counts"])
+    assert [*about["labels"]] == ["ADJ", "NOUN", "VERB"]
+    for place, row in enumerate(about["labels"].values()):
+        assert [*row.values()] == pytest.approx([values[place] for values in each])
 
 
 def test_windows_of_a_record_are_joined_in_the_order_of_its_words():
