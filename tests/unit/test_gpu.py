@@ -193,9 +193,59 @@ def test_a_run_from_beginning_to_end_over_nccl(stage, tmp_path):
         *("data=jsonl", "data.max_length=64", "tuning=lora", "tuning.dropout=0.1", "precision=bf16"),
         *("train.max_steps=6", "train.save_every=3", "optim.lr=1e-2", "train.sample_tokens=8"),
     ]
-    command = [sys.executable, "launch/train.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    stderr = command("launch/train.py", *arguments)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 6
-    assert (tmp_path / "run/model/model.safetensors").is_file() and "exported" in result.stderr
+    assert (tmp_path / "run/model/model.safetensors").is_file() and "exported" in stderr
+
+
+TASKS = {
+    "classify": (tiny.masked, "bert", tiny.ENCODER_TOKENIZER, tiny.labelled_rows),
+    "tag": (tiny.masked, "bert", tiny.ENCODER_TOKENIZER, tiny.tagged_rows),
+    "extract": (tiny.masked, "bert", tiny.ENCODER_TOKENIZER, tiny.asked_rows),
+    "seq2seq": (tiny.two_sided, "t5", tiny.TWO_SIDED_TOKENIZER, tiny.written_rows),
+}
+"""Task -> what makes its model, of which family, with which tokenizer, and records."""
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_kind_of_task_trains_and_predicts_in_bf16(task, stage, tmp_path):
+    """Attention both ways in flat rows, padded rows of two sides, heads; the verified export, and predictions."""
+    make, family, tokenizer, rows = TASKS[task]
+    make(family, "eager").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows(60))
+    stderr = command(
+        "launch/train.py",
+        f"run_dir={tmp_path / 'run'}",
+        f"task={task}",
+        f"model.path={tmp_path / 'model'}",
+        f"data.train={data}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"deepspeed={stage}",
+        *(
+            "data=jsonl",
+            "data.validation_share=0.2",
+            "data.max_length=48",
+            "precision=bf16",
+            "batch.micro_batch_size=2",
+        ),
+        *("train.max_steps=8", "train.eval_every=4", "train.samples=0", "optim.lr=5e-3"),
+    )
+    assert "exported" in stderr
+    evaluated = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval/loss"] for row in evaluated if "eval/loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    command("launch/predict.py", f"run_dir={tmp_path / 'run'}", f"input={data}", f"output={tmp_path / 'said.jsonl'}")
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert len(said) == 60 and all("prediction" in line for line in said)
+
+
+def command(*arguments: str) -> str:
+    """What a command that succeeds says."""
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stderr
