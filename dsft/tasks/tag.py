@@ -30,7 +30,7 @@ from dsft.tasks.windows import windows
 from dsft.types import HAN, IGNORE_INDEX, Batch, Dropped, Example, Record
 
 NO_WORD = "no word of which a token is left"
-WORD = re.compile(rf"{HAN}|[^\W_]+|[^\w\s]|_")
+WORD = re.compile(rf"{HAN}|(?:(?!{HAN})[^\W_])+|[^\w\s]|_")
 """A word of a text: a Chinese character, a run of letters and digits, or any other character that is no space."""
 
 CHINESE = re.compile(HAN)

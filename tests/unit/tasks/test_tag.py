@@ -64,6 +64,10 @@ def test_chinese_words_are_joined_without_spaces_however_long_they_are():
     assert record(tokens=["在", "山上", "看", "moon", "月亮"], tags=["O"] * 5).text == "在山上看 moon 月亮"
 
 
+def test_a_chinese_character_is_a_word_behind_letters_too():
+    assert tag.WORD.findall("我用GPT4写的code_x。") == ["我", "用", "GPT4", "写", "的", "code", "_", "x", "。"]
+
+
 def test_spans_of_characters_become_tags_of_words_cut_at_their_ends():
     text = "Saw 月亮山 at Lake-side!"
     begin = text.index("Lake")
