@@ -1,4 +1,4 @@
-"""What predicted texts are like beside their references: their length, and how much they repeat themselves."""
+"""What predicted texts are like beside their references, and by themselves: length, and how much they repeat."""
 
 from __future__ import annotations
 
@@ -7,43 +7,58 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsft.metrics.metric import judged
-from dsft.metrics.scores.language import words
-from dsft.metrics.scores.score import Score
+from dsft.metrics.scores.language import AUTO, tokens, words
+from dsft.metrics.scores.score import WORDS, Choices, Maker, Numbers, Score
 
 REPEATED = 4
-"""Words of a sequence that is looked for again in the same text."""
+"""Words of a sequence that is looked for again in the same text (Welleck et al. 2019, arXiv:1908.04319)."""
 
 
-def _statistics(prediction: str, references: Sequence[str], language: str) -> np.ndarray:
-    own, right = words(prediction, language), [words(one, language) for one in references]
-    closest = min((len(one) for one in right), key=lambda length: (abs(length - len(own)), length))
-    made = [len(own), closest]
-    for order in (1, 2, REPEATED):
-        grams = [tuple(own[begin : begin + order]) for begin in range(len(own) - order + 1)]
-        made += [len(set(grams)), len(grams)]
-    return np.array(made, np.float64)
+def _parted(text: str, language: str, choices: Choices) -> list[str]:
+    return words(text, language) if choices.tokenizer == AUTO else tokens(text, choices.tokenizer)
 
 
-def _form(sums: np.ndarray) -> dict[str, float]:
-    length, reference, *pairs = sums.tolist()
-    made = {"length_ratio": length / reference} if reference else {}
-    shares = [own / there if there else None for own, there in zip(pairs[::2], pairs[1::2])]
-    for name, share in zip(("distinct_1", "distinct_2", "repetition"), shares):
-        if share is not None:
-            made[name] = 1 - share if name == "repetition" else share
-    return made
+def _sign(language: str, choices: Choices) -> str:
+    return f"tok:{'words and Han characters' if choices.tokenizer == AUTO else choices.tokenizer}"
 
 
-diversity = Score(
-    {
-        "length_ratio": judged("words over those of the closest reference", "Length ratio", "length_ratio", "{:.3f}",
-                               better=None),
-        "distinct_1": judged("different words of a record over all", "Distinct-1", "distinct_1", better=None),
-        "distinct_2": judged("different pairs of a record over all", "Distinct-2", "distinct_2", better=None),
-        "repetition": judged("sequences of 4 words that came before in the record", "Repetition", "repetition",
-                             better="lower"),
-    },
-    _statistics,
-    _form,
-    lambda language: "tokenizer words",
-)  # fmt: skip
+def _make_length(choices: Choices) -> Score:
+    def count(prediction: str, references: Sequence[str], language: str) -> Sequence[float]:
+        said, *right = (len(_parted(text, language, choices)) for text in (prediction, *references))
+        return [said, min(right, key=lambda length: (abs(length - said), length))]
+
+    def form(sums: np.ndarray) -> Numbers:
+        return {"length_ratio": float(sums[0] / sums[1])} if sums[1] else {}
+
+    unit = "words over those of the closest reference"
+    metric = judged(unit, "Length ratio", "length_ratio", "{:.3f}", better=None)
+    return Score({"length_ratio": metric}, count, form, lambda language: _sign(language, choices))
+
+
+def _make_diversity(choices: Choices) -> Score:
+    def count(prediction: str, references: Sequence[str], language: str) -> Sequence[float]:
+        own, made = _parted(prediction, language, choices), list[float]()
+        for order in (1, 2, REPEATED):
+            grams = list(zip(*(own[n:] for n in range(order))))
+            made += [len(set(grams)), len(grams)]
+        return made
+
+    def form(sums: np.ndarray) -> Numbers:
+        different, there = sums[::2], sums[1::2]
+        shares = {
+            name: float(d / t) for name, d, t in zip(("distinct_1", "distinct_2", "repetition"), different, there) if t
+        }
+        return shares | {"repetition": 1 - shares["repetition"]} if "repetition" in shares else shares
+
+    metrics = {
+        "distinct_1": judged("different words of a text over all", "Distinct-1", "distinct_1", better=None),
+        "distinct_2": judged("different pairs of a text over all", "Distinct-2", "distinct_2", better=None),
+        "repetition": judged(
+            "sequences of 4 words that came before in the text, over all", "Repetition", "repetition", better="lower"
+        ),
+    }
+    return Score(metrics, count, form, lambda language: _sign(language, choices), compares=False)
+
+
+length = Maker(_make_length, WORDS)
+diversity = Maker(_make_diversity, WORDS)

@@ -1,11 +1,18 @@
-"""Languages of texts, and what words are in each."""
+"""Languages of texts, what words are in each, and what makes texts alike that are written in different ways."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
+from dsft.errors import UserError
 from dsft.metrics.answers import is_chinese
 from dsft.types import HAN
 
@@ -26,7 +33,12 @@ def told(language: str, references: Sequence[str]) -> str:
 
     `zh` where they have more Chinese characters than other letters, else `en` where all letters are ASCII, else
     `other`.
+
+    Raises:
+        ValueError: It is no language.
     """
+    if not LANGUAGE.fullmatch(language):
+        raise ValueError(f"the language {language!r} is auto, other, or a code of two or three letters, such as zh")
     if language != AUTO:
         return language
     text = "".join(references)
@@ -44,3 +56,95 @@ def words(text: str, language: str) -> list[str]:
     """
     pattern = _CHARACTER if language in UNSPACED else _WORD
     return pattern.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def tokens(text: str, name: str) -> list[str]:
+    """The tokens of a text, punctuation among them, by one of `TOKENIZERS`."""
+    return TOKENIZERS[name](text.rstrip())
+
+
+def by_language(language: str) -> str:
+    """The tokenizer that sacrebleu has for a language's BLEU, of those that need nothing else installed."""
+    return "zh" if language == CHINESE else "char" if language in UNSPACED else "13a"
+
+
+def _forgetful(tokenizer: Callable[[str], str]) -> Callable[[str], list[str]]:
+    """A tokenizer of sacrebleu that does not keep the last 65,536 texts; each of ours is asked for once or twice."""
+
+    def made(text: str) -> list[str]:
+        found = tokenizer(text).split()
+        for kind in (type(tokenizer), TokenizerRegexp):
+            vars(kind)["__call__"].cache_clear()
+        return found
+
+    return made
+
+
+def _segmented(text: str) -> list[str]:
+    return [word for word in _segmenter()(text) if not word.isspace()]
+
+
+@cache
+def _segmenter() -> Any:
+    try:
+        import rjieba
+    except ImportError:
+        raise UserError(
+            "the tokenizer `words` needs the package rjieba, which finds Chinese words: pip install 'dsft[zh]'; or "
+            "take zh or char."
+        ) from None
+    return rjieba.cut
+
+
+@cache
+def _converter() -> Any:
+    try:
+        from opencc import OpenCC
+    except ImportError:
+        raise UserError(
+            "normalize=[simplified] needs the package opencc, which knows traditional characters: pip install "
+            "'dsft[zh]'; or leave it out, and traditional and simplified characters are different ones."
+        ) from None
+    return OpenCC("t2s")
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
+    "13a": _forgetful(Tokenizer13a()),
+    "zh": _forgetful(TokenizerZh()),
+    "char": lambda text: [character for character in text if not character.isspace()],
+    "words": _segmented,
+}
+"""13a, zh and char as of sacrebleu, and the words that rjieba finds."""
+
+NORMALIZATIONS: dict[str, Callable[[str], str]] = {
+    "width": lambda text: unicodedata.normalize("NFKC", text),
+    "simplified": lambda text: _converter().convert(text),
+    "case": str.lower,
+}
+"""Full-width and half-width forms as one (Unicode's NFKC), traditional characters as simplified ones (OpenCC's `t2s`),
+capital letters as small ones."""
+
+
+def normalized(text: str, names: Sequence[str]) -> str:
+    """The text after these of `NORMALIZATIONS`, in the order of those."""
+    for name, change in NORMALIZATIONS.items():
+        if name in names:
+            text = change(text)
+    return text
+
+
+def ready(tokenizer: str, normalize: Sequence[str]) -> None:
+    """Find out whether what was chosen is there.
+
+    Raises:
+        UserError: It is not, or its package is not installed.
+    """
+    for what, name, known in (
+        ("tokenizer", tokenizer, [AUTO, *TOKENIZERS]),
+        *(("normalize", one, [*NORMALIZATIONS]) for one in normalize),
+    ):
+        if name not in known:
+            raise UserError(f"{what}: there is no {name!r}; there are {', '.join(known)}")
+    if tokenizer == "words":
+        _segmenter()
+    normalized("", normalize)

@@ -12,52 +12,64 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 
 from dsft.metrics.metric import SHOWN, judged
-from dsft.metrics.scores.language import CHINESE, UNSPACED
-from dsft.metrics.scores.score import Score
+from dsft.metrics.scores.language import AUTO, CHINESE, UNSPACED, by_language, tokens
+from dsft.metrics.scores.score import TEXTS, WORDS, Choices, Maker, Numbers, Score
 
 
 @cache
-def _bleu(language: str) -> Any:
-    """A record of the set may be in any language, so that n-grams of several tokenizers may be summed."""
-    return BLEU(tokenize="zh" if language == CHINESE else "char" if language in UNSPACED else "13a")
+def _bleu(tokenizer: str) -> Any:
+    """sacrebleu's own but for the words, which it is given."""
+    made = BLEU(tokenize="none", force=True)
+    made.tokenizer_signature = "rjieba" if tokenizer == "words" else tokenizer
+    return made
 
 
 @cache
-def _chrf(language: str) -> Any:
-    return CHRF()
-
-
-@cache
-def _chrf_words(language: str) -> Any:
-    return CHRF(word_order=2)
+def _chrf(word_order: int) -> Any:
+    return CHRF(word_order=word_order)
 
 
 @cache
 def _ter(language: str) -> Any:
+    """Characters instead of words where these are not parted by spaces, as sacrebleu's documentation has it."""
     asian = language == CHINESE or language in UNSPACED
-    return TER(normalized=asian, asian_support=asian)
+    made = TER(normalized=asian, asian_support=asian)
+    # without the memory of the last 65,536 texts
+    made.tokenizer = made.tokenizer.__call__.__wrapped__.__get__(made.tokenizer)
+    return made
 
 
-def _made(name: str, label: str, metric: Callable[[str], Any], better: str = "higher") -> Score:
-    def statistics(prediction: str, references: Sequence[str], language: str) -> np.ndarray:
+def _score(name: str, label: str, metric: Callable[[str], Any], better: str = "higher", words: Any = None) -> Score:
+    def count(prediction: str, references: Sequence[str], language: str) -> Sequence[float]:
+        if words:
+            prediction, *references = (words(text, language) for text in (prediction, *references))
         # what sacrebleu itself sums, and resamples for its intervals
         (own,) = metric(language)._extract_corpus_statistics([prediction], [[one] for one in references])
-        return np.array(own, np.float64)
+        return own
 
-    def form(sums: np.ndarray) -> dict[str, float]:
-        whole = [int(n) if float(n).is_integer() else n for n in sums.tolist()]
-        return {name: float(metric("en")._aggregate_and_compute([whole]).score)}
+    def form(sums: np.ndarray) -> Numbers:
+        return {name: float(metric("en")._aggregate_and_compute([sums.tolist()]).score)}
 
-    def signature(language: str) -> str:
+    def sign(language: str) -> str:
         asked = metric(language)
-        asked._extract_corpus_statistics([""], [[""]])  # it knows the number of references from then on
-        return str(asked.get_signature()).replace("nrefs:1|", "")  # each record may have a number of its own
+        asked.num_refs = -1  # each record may have a number of its own
+        return str(asked.get_signature())
 
     declared = judged("0 to 100", label, name, "{:.2f}", better=better, **SHOWN)
-    return Score({name: declared}, statistics, form, signature)
+    return Score({name: declared}, count, form, sign)
 
 
-bleu = _made("bleu", "BLEU", _bleu)
-chrf = _made("chrf", "chrF", _chrf)
-chrf_words = _made("chrf_words", "chrF++", _chrf_words)
-ter = _made("ter", "TER", _ter, better="lower")
+def _make_bleu(choices: Choices) -> Score:
+    def tokenizer(language: str) -> str:
+        return by_language(language) if choices.tokenizer == AUTO else choices.tokenizer
+
+    def words(text: str, language: str) -> str:
+        return " ".join(tokens(text, tokenizer(language)))
+
+    return _score("bleu", "BLEU", lambda language: _bleu(tokenizer(language)), words=words)
+
+
+bleu = Maker(_make_bleu, WORDS)
+chrf = Maker(lambda choices: _score("chrf", "chrF", lambda language: _chrf(0)), TEXTS)
+chrf_words = Maker(lambda choices: _score("chrf_words", "chrF++", lambda language: _chrf(2)), TEXTS)
+ter = Maker(lambda choices: _score("ter", "TER", _ter, better="lower"), TEXTS)

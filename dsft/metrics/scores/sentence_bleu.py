@@ -1,7 +1,7 @@
 """BLEU of single texts with the smoothing methods of Chen and Cherry (2014), numbered as NLTK numbers them; NLTK is the
 judge. A set's value is the mean over records.
 
-Words are `language.words` with punctuation left out. A text that shares no word with its references has 0.
+Words are those of BLEU. A text that shares no word with its references has 0.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from dsft.metrics.metric import judged
-from dsft.metrics.scores.language import words
-from dsft.metrics.scores.score import Score, means
+from dsft.metrics.scores.language import AUTO, by_language, tokens
+from dsft.metrics.scores.score import WORDS, Choices, Maker, Score, means
 
 ORDERS = 4
 EPSILON, K, ALPHA = 0.1, 5, 5
@@ -121,20 +119,22 @@ _METHODS: tuple[Callable[[Counts, int], list[float]], ...] = (
 )
 
 
-def _made(method: int) -> Score:
+def _maker(method: int) -> Maker:
     name = f"sentence_bleu_{method}"
 
-    def statistics(prediction: str, references: Sequence[str], language: str) -> np.ndarray:
-        value = sentence_bleu(words(prediction, language), [words(one, language) for one in references], method)
-        return np.array([1.0, value])
+    def make(choices: Choices) -> Score:
+        def tokenizer(language: str) -> str:
+            return by_language(language) if choices.tokenizer == AUTO else choices.tokenizer
 
-    label = f"Sentence BLEU, smoothing {method}"
-    return Score(
-        {name: judged("mean over records, 0 to 1", label, name, "{:.4f}")},
-        statistics,
-        means(name),
-        lambda language: f"method {method}, tokenizer words",
-    )
+        def count(prediction: str, references: Sequence[str], language: str) -> Sequence[float]:
+            said, *right = (tokens(text, tokenizer(language)) for text in (prediction, *references))
+            return [1.0, sentence_bleu(said, right, method)]
+
+        label = f"Sentence BLEU, smoothing {method}"
+        metric = judged("mean over records, 0 to 1", label, name, "{:.4f}")
+        return Score({name: metric}, count, means(name), lambda language: f"smooth:{method}|tok:{tokenizer(language)}")
+
+    return Maker(make, WORDS)
 
 
-scores = {f"sentence_bleu_{method}": _made(method) for method in range(len(_METHODS))}
+makers = {f"sentence_bleu_{method}": _maker(method) for method in range(len(_METHODS))}
