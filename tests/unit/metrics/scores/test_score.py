@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,17 @@ def test_a_toy_score_is_one_file_and_one_entry(monkeypatch):
     assert made.of_set([]) == {} and made.signature("zh") == "marks:!|normalize:width"
     text = (ROOT / "tests/toy_score.py").read_text(encoding="utf-8")
     assert text in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_document_names_every_score_and_what_it_reads(name):
+    text = (ROOT / "docs/SCORES.md").read_text(encoding="utf-8")
+    if not name.startswith("sentence_bleu_"):
+        assert f"`{name}`" in text
+        numbers = [number.removeprefix("stemmed_") for number in SCORES[name].metrics]
+        own = [f"`{number}`" in text or f"`_{number.rpartition('_')[2]}`" in text for number in numbers]
+        assert all(own), name
+    readers = re.search(r"It is read by (.*?);", text, re.S)[1].replace(
+        "sentence_bleu_*", name if "sentence" in name else ""
+    )
+    assert (f"`{name}`" in readers) == ("tokenizer" in MAKERS[name].reads)
