@@ -74,6 +74,8 @@ class _Encoder:
             model = AutoModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
         except (OSError, ValueError) as problem:
             raise UserError(f"encoder={path}: it cannot be loaded: {problem}") from problem
+        if model.config.is_encoder_decoder:
+            raise UserError(f"encoder={path}: bertscore needs an encoder, and this is one with a decoder")
         self.model, layers = model.eval(), model.config.num_hidden_layers
         if not (1 <= layer <= layers or layer == -1):
             raise UserError(f"layer={layer}: the encoder has {layers} layers; -1 is the last")

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import regex
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from dsft.errors import UserError
-from dsft.metrics.answers import is_chinese
 from dsft.types import HAN
 
 AUTO, ENGLISH, CHINESE, OTHER = "auto", "en", "zh", "other"
@@ -23,16 +23,27 @@ UNSPACED = frozenset({"ja", "ko", "th", "lo", "km", "my", "bo"})
 
 LANGUAGE = re.compile(r"auto|other|[a-z]{2,3}")
 
-_WORD = re.compile(rf"{HAN}|(?:(?!{HAN})[^\W_])+")
-_CHARACTER = re.compile(r"[^\W_]")
+SCRIPTS = {
+    "ja": re.compile("[\u3040-\u30ff\uff66-\uff9f]"),
+    CHINESE: re.compile(HAN),
+    "th": re.compile("[\u0e00-\u0e7f]"),
+    "lo": re.compile("[\u0e80-\u0eff]"),
+    "km": re.compile("[\u1780-\u17ff]"),
+    "my": re.compile("[\u1000-\u109f]"),
+    "bo": re.compile("[\u0f00-\u0fff]"),
+}
+"""Letters by which a language without spaces is known; those of Japanese are its syllables."""
+
+_WORD = regex.compile(rf"{HAN}|(?!{HAN})[\p{{L}}\p{{N}}](?:(?!{HAN})[\p{{L}}\p{{N}}\p{{M}}])*")
+_CHARACTER = regex.compile(r"[\p{L}\p{N}]\p{M}*")
 _LETTER = re.compile(r"[^\W\d_]")
 
 
 def told(language: str, references: Sequence[str]) -> str:
     """The language of a record: what was said; or, where that is `auto`, what its references show.
 
-    `zh` where they have more Chinese characters than other letters, else `en` where all letters are ASCII, else
-    `other`.
+    `zh` where they have more Chinese characters than other letters; one of `SCRIPTS` likewise, where Japanese is what
+    has a syllable for every ten Chinese characters; else `en` where all letters are ASCII, else `other`.
 
     Raises:
         ValueError: It is no language.
@@ -41,10 +52,14 @@ def told(language: str, references: Sequence[str]) -> str:
         raise ValueError(f"the language {language!r} is auto, other, or a code of two or three letters, such as zh")
     if language != AUTO:
         return language
-    text = "".join(references)
-    if is_chinese(text):
-        return CHINESE
-    return ENGLISH if all(letter.isascii() for letter in _LETTER.findall(text)) else OTHER
+    letters = "".join(_LETTER.findall("".join(references)))
+    if letters.isascii():
+        return ENGLISH
+    counts = {own: len(script.findall(letters)) for own, script in SCRIPTS.items()}
+    if counts["ja"] * 10 >= counts[CHINESE]:
+        counts["ja"] += counts.pop(CHINESE) if counts["ja"] else 0
+    most = max(counts, key=counts.__getitem__)
+    return most if 2 * counts[most] > len(letters) else OTHER
 
 
 def words(text: str, language: str) -> list[str]:
@@ -52,7 +67,7 @@ def words(text: str, language: str) -> list[str]:
     punctuation.
 
     A Chinese character is a word wherever it stands; of languages that are written without spaces every letter and
-    digit is one; else runs of letters and digits are.
+    digit is one; else runs of letters and digits are. Marks, such as vowel signs, belong to the letter before.
     """
     pattern = _CHARACTER if language in UNSPACED else _WORD
     return pattern.findall(unicodedata.normalize("NFKC", text).lower())

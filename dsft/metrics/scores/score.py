@@ -75,8 +75,8 @@ class Score:
 
     def signature(self, language: str = languages.OTHER) -> str:
         """How records of a language were counted: what has to be the same where two values are compared."""
-        done = f"|normalize:{'+'.join(self.normalize)}" if self.normalize else ""
-        return self.sign(language) + done
+        done = [name for name in languages.NORMALIZATIONS if name in self.normalize]
+        return self.sign(language) + (f"|normalize:{'+'.join(done)}" if done else "")
 
     def of_record(self, prediction: str, references: Sequence[str], language: str = languages.AUTO) -> Numbers:
         """The numbers of one record by itself."""

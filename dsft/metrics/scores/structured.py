@@ -13,10 +13,10 @@ import numpy as np
 from dsft.metrics.metric import SHOWN, judged
 from dsft.metrics.scores.score import Maker, Numbers, Score, means
 
-_FENCED = re.compile(r"\s*```\w*\n(.*)\n\s*```\s*", re.S)
+_FENCE = re.compile(r"```\w*\n")
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.S)
 _MARKED = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>")
-_LIKE_CALLS = re.compile(r"\s*(?:```json\s*)?\[?\s*\{.*\"name\"", re.S)
+_LIKE_CALLS = re.compile(r"(?:```json)?[\s\[]*\{.*\"name\"", re.S)
 
 DEEPEST = 100
 """Lists and objects in one another, as in data."""
@@ -28,9 +28,11 @@ def parsed(text: str) -> Any:
     Raises:
         ValueError: It holds none; NaN and infinity, a name twice in an object, and what is nested too deep are none.
     """
-    fenced = _FENCED.fullmatch(text)
+    text = text.strip()
+    if (fence := _FENCE.match(text)) and text.endswith("\n```"):
+        text = text[fence.end() : -3]
     try:
-        value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("nested too deep") from None
     level = [value]
@@ -89,7 +91,7 @@ def calls(text: str) -> list[Call]:
     try:
         return _calls(parsed(text))
     except ValueError:
-        if _LIKE_CALLS.match(text):
+        if _LIKE_CALLS.match(text.strip()):
             raise
         return []
 

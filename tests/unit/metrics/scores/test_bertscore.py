@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, T5Config, T5Model
 
 from dsft.errors import UserError
 from dsft.metrics.scores import Choices, chosen
@@ -75,6 +75,13 @@ def test_nothing_written_and_too_much(path):
 def test_no_such_layer(path, layer):
     with pytest.raises(UserError, match=f"layer={layer}: the encoder has 6 layers"):
         chosen(["bertscore"], Choices(encoder=path, layer=layer))
+
+
+def test_a_model_with_a_decoder_is_refused(path, tmp_path):
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
+    T5Model(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="needs an encoder, and this is one with a decoder"):
+        chosen(["bertscore"], Choices(encoder=str(tmp_path)))
 
 
 def test_no_such_model(tmp_path):

@@ -149,7 +149,7 @@ def test_normalize_reaches_every_score_of_texts(name):
     said, right = "ＧＰＴ４ 學習 語言", "gpt4 学习 语言"
     assert score.of_record(said, [right], "zh") == SCORES[name].of_record(right, [right], "zh")
     if name != "diversity":
-        assert score.signature("zh") == SCORES[name].signature("zh") + "|normalize:case+simplified+width"
+        assert score.signature("zh") == SCORES[name].signature("zh") + "|normalize:width+simplified+case"
     if name not in ("length", "diversity"):
         assert SCORES[name].of_record(said, [right], "zh") != SCORES[name].of_record(right, [right], "zh")
 
