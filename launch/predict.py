@@ -21,9 +21,23 @@ OWN = {
     "task": None,
     "input": None,
     "output": None,
-    "max_new_tokens": None,
-    "beams": None,
+    "scores": None,
+    "language": "auto",
+    "group_by": [],
 }
+"""Options, and what they are where they are not given."""
+
+DECODING = {
+    **dict.fromkeys(("max_new_tokens", "beams", "top_k", "answers", "seed"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float),
+}
+"""Those of generated texts that are numbers; `tasks.generate.Decoding` says what they mean. `stop` has strings."""
+
+CHOICES = ("tokenizer", "normalize", "encoder", "layer")
+"""Those of how scores are counted (`metrics.scores.Choices`)."""
+
+LISTS = ("stop", "scores", "group_by")
+
 SETTINGS = (
     "data.max_length data.on_overflow data.columns data.header data.ignore_fields "
     "data.prompt_template data.packing data.cache_dir eval.micro_batch_size precision model.revision "
@@ -39,7 +53,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     Raises:
         UserError: An unknown key, a value that is none of its choices, or one that is missing.
     """
-    read = cli.read(argv, [*OWN, *SETTINGS])
+    read = cli.read(argv, [*OWN, *DECODING, "stop", *CHOICES, *SETTINGS])
     own = {name: read.get(name, default) for name, default in OWN.items()}
     for name in ("input", "output"):
         if own[name] is None:
@@ -51,16 +65,24 @@ def parse(argv: list[str]) -> dict[str, Any]:
     for name in ("task", "model.revision") if own["run_dir"] is not None else ():
         if name in read:
             raise UserError(f"{name}={read[name]} does nothing with run_dir, which says it itself: leave it out")
-    for name in ("max_new_tokens", "beams"):
-        if own[name] is not None and (not str(own[name]).isdecimal() or int(own[name]) < 1):
-            raise UserError(f"{name}={own[name]} is a whole number, at least 1")
+    said = frozenset(read.keys() & {*DECODING, *LISTS, *CHOICES, "language"})
+    decoding: dict[str, Any] = {name: _number(name, read[name]) for name in DECODING if name in read}
+    if "stop" in read:
+        decoding["stop"] = tuple(_listed(read["stop"]))
+    choices: dict[str, Any] = {name: str(read[name]) for name in ("tokenizer", "encoder") if name in read}
+    choices |= {"layer": _number("layer", read["layer"])} if "layer" in read else {}
+    choices |= {"normalize": tuple(_listed(read["normalize"]))} if "normalize" in read else {}
     return {
         "wanted": {
             "input": str(own["input"]),
             "output": str(own["output"]),
-            "tokens": own["max_new_tokens"] and int(own["max_new_tokens"]),
-            "beams": own["beams"] and int(own["beams"]),
+            "said": said,
+            "scores": None if own["scores"] is None else tuple(_listed(own["scores"])),
+            "language": str(own["language"]),
+            "group_by": tuple(_listed(own["group_by"])),
         },
+        "choices": choices,
+        "decoding": decoding,
         "given": {name: read[name] for name in SETTINGS if name in read},
         "who": {
             "run_dir": own["run_dir"] and Path(own["run_dir"]),
@@ -69,6 +91,23 @@ def parse(argv: list[str]) -> dict[str, Any]:
             "task": own["task"],
         },
     }
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def _number(name: str, value: Any) -> float:
+    """A number as its option wants it.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        return DECODING.get(name, int)(str(value))
+    except ValueError:
+        kind = "a whole number" if DECODING.get(name, int) is int else "a number"
+        raise UserError(f"{name}={value} is to be {kind}") from None
 
 
 def main() -> None:
@@ -82,8 +121,12 @@ def main() -> None:
         with watched(place, load.shown):
             from dsft.commands.predict import Wanted, predict
             from dsft.commands.trained import Who
+            from dsft.metrics.scores import Choices
+            from dsft.tasks.generate import Decoding
 
-            about = predict(place, Wanted(**arguments["wanted"]), Who(**arguments["who"]), arguments["given"])
+            decoding, choices = Decoding(**arguments["decoding"]), Choices(**arguments["choices"])
+            wanted = Wanted(**arguments["wanted"], decoding=decoding, choices=choices)
+            about = predict(place, wanted, Who(**arguments["who"]), arguments["given"])
         if place.rank == 0:
             scores = about.pop("scores", {})
             decision = about.pop("decision", {})

@@ -8,13 +8,12 @@ the last whole one. At the end these files become the output.
 from __future__ import annotations
 
 import hashlib
-import io
-import itertools
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +26,9 @@ import torch
 from tqdm import tqdm
 
 from dsft import __version__
+from dsft.commands import parts as parting
 from dsft.commands import trained
+from dsft.commands.parts import Piece
 from dsft.commands.trained import Trained, Who
 from dsft.config import effect, load
 from dsft.config.schema import Packing
@@ -36,33 +37,36 @@ from dsft.data.loader import evaluation_batches
 from dsft.data.sources import BadRecord, Found, Raw
 from dsft.errors import UserError
 from dsft.evaluate import own_settings
-from dsft.metrics import Tally
+from dsft.metrics import Tally, groups
+from dsft.metrics.scores import Choices, chosen, intervals, total
+from dsft.metrics.scores import language as languages
 from dsft.model import attention, layout
 from dsft.model.kind import Inseparable
 from dsft.model.noise import Noise
-from dsft.runtime.files import write_bytes, write_json
+from dsft.runtime.files import write_json
 from dsft.runtime.locks import hold
 from dsft.runtime.place import Place
 from dsft.runtime.world import World, join, leave
 from dsft.tasks import Task, isolation, settings_by_task
 from dsft.tasks.collate import Collator
 from dsft.tasks.forward import Forward
+from dsft.tasks.generate import Decoding, Prompt, Writer, Written
 from dsft.tasks.labels import COLUMN
 from dsft.tasks.module import TaskModule
 from dsft.tasks.task import Context, Outcome, Sampling, read
 from dsft.types import Batch, Dropped, Example
 
-BLOCK, WRITTEN_BLOCK = 512, 32
+BLOCK, WRITTEN_BLOCK = 512, 64
 """Records of a block; of tasks that generate, which take longer."""
 
 BUDGET = 8
 """Rows of `data.max_length` tokens that a forward pass takes at most, unless `eval.micro_batch_size` says otherwise."""
 
-TOKENS = 256
-"""Tokens of a generated answer at most, unless it is said."""
+DEFAULT_SCORES = ("bleu", "chrf", "rouge", "answer")
+"""Of texts that have references, unless it is said."""
 
 BY_ROWS = {"data.max_length", "data.on_overflow", "data.packing", "eval.micro_batch_size", "model.attention"}
-"""Settings that a task reads which answers by rows; one that writes reads those that it says (`Task.writes_by`)."""
+"""Settings that a task reads which answers by rows; one that generates reads those that it says (`Task.asks_by`)."""
 
 STDIN = "-"
 
@@ -74,29 +78,29 @@ class Wanted:
     Attributes:
         input: Anything that `data.train` may be, or `-` for JSON Lines from standard input.
         output: File to write, or `-` for standard output.
-        tokens: Of an answer that is generated, at most; TOKENS if None.
-        beams: Beginnings that are followed at once; greedy if None.
+        said: Options of generated texts, by name, that were given.
+        decoding: How these are generated.
+        scores: Names of scores of generated texts that have references; DEFAULT_SCORES if None.
+        language: Of the references, or `auto` (`language.told`).
+        choices: How they are counted.
+        group_by: Names of fields of records; scores are given for the records of each value too.
+
+    Raises:
+        UserError: It is no language.
     """
 
     input: str
     output: str
-    tokens: int | None = None
-    beams: int | None = None
+    said: frozenset[str] = frozenset()
+    decoding: Decoding = field(default_factory=Decoding)
+    scores: tuple[str, ...] | None = None
+    language: str = languages.AUTO
+    choices: Choices = field(default_factory=Choices)
+    group_by: tuple[str, ...] = ()
 
-
-@dataclass
-class Piece:
-    """What one rank made of its share of a block.
-
-    Attributes:
-        lines: Number of a record -> what is written of it.
-        rows: What `Task.judge` needs of those with a reference.
-        examples: Theirs.
-    """
-
-    lines: dict[int, dict[str, Any]] = field(default_factory=dict)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-    examples: list[Example] = field(default_factory=list)
+    def __post_init__(self) -> None:
+        if not languages.LANGUAGE.fullmatch(self.language):
+            raise UserError(f"language={self.language} is auto, other, or a code of two or three letters, such as zh")
 
 
 def predict(place: Place, wanted: Wanted, who: Who, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,11 +145,10 @@ def _refuse_idle(task: Task, name: str, wanted: Wanted, given: Mapping[str, Any]
     Raises:
         UserError: Something does not; it is named.
     """
-    generates = "train.sample_tokens" in task.settings
-    own = {"max_new_tokens": wanted.tokens, "beams": wanted.beams}
-    idle = [] if generates else [argument for argument, value in own.items() if value is not None]
+    idle = sorted(wanted.said) if task.ask is None else []
     if task.answer is None:
-        idle += sorted(given.keys() & BY_ROWS - task.writes_by)
+        read = task.asks_by | ({"eval.micro_batch_size"} if task.ask else set())
+        idle += sorted(given.keys() & BY_ROWS - read)
     if idle:
         raise UserError(f"{idle[0]} does nothing with task={name}: leave it out")
 
@@ -186,7 +189,7 @@ def _run(answering: Answering, found: Found | None, parts: Path, output: Path | 
                 failure = problem
             world.all_succeed(failure)
             pieces = world.gather_objects(piece)
-            world.from_main(partial(_write, parts / name, pieces))
+            world.from_main(partial(parting.write, parts / name, pieces))
         bar.update(len(records) if records is not None else answering.size)
     bar.close()
     return world.from_main(partial(_finish, answering, names, parts, output))
@@ -201,10 +204,27 @@ def _next(
     if block is None:
         return None
     first, records = block
+    if not number:
+        _refuse_unknown_groups(answering.group_by, records)
     said = [[raw.origin, raw.problem] if isinstance(raw, BadRecord) else [raw.origin, raw.fields] for raw in records]
     digest = hashlib.sha256(f"{answering.identity}{json.dumps(said, default=str)}".encode()).hexdigest()[:16]
     name = f"{number:06d}-{digest}.jsonl"
     return first, None if (parts / name).exists() else records, name
+
+
+def _refuse_unknown_groups(group_by: tuple[str, ...], records: list[Raw | BadRecord]) -> None:
+    """Refuse a field to group by that no record of the first block has.
+
+    Raises:
+        UserError: There is one.
+    """
+    raws = [raw for raw in records if isinstance(raw, Raw)]
+    for name in group_by:
+        if raws and all(groups.value(raw.fields, name) == groups.NOTHING for raw in raws):
+            known = sorted({key for raw in raws for key in raw.fields})
+            raise UserError(
+                f"group_by: none of the first {len(raws)} records has a field {name!r}; they have {', '.join(known)}"
+            )
 
 
 def _blocks(found: Found | None, size: int) -> Iterator[tuple[int, list[Raw | BadRecord]]]:
@@ -228,63 +248,6 @@ def _from_stdin() -> Iterator[Raw | BadRecord]:
             yield BadRecord(origin, f"no JSON: {problem}")
             continue
         yield Raw(fields, origin) if isinstance(fields, dict) else BadRecord(origin, "no JSON object")
-
-
-def _write(part: Path, pieces: list[Piece]) -> None:
-    """Write what all ranks made of a block; what its scores need first, so that a whole part has it."""
-    lines: dict[int, dict[str, Any]] = {}
-    for piece in pieces:
-        lines |= piece.lines
-    judged = [piece for piece in pieces if piece.examples]
-    text = "".join(f"{json.dumps(lines[number], ensure_ascii=False)}\n" for number in sorted(lines))
-    try:
-        if judged:
-            write_bytes(part.with_suffix(".scores"), _packed(judged))
-        write_bytes(part, text.encode("utf-8", errors="backslashreplace"))
-    except OSError as problem:
-        raise UserError(
-            f"{part.parent} cannot be written to: {problem.strerror}. Once it can, the same command goes on from there."
-        ) from problem
-
-
-def _packed(pieces: list[Piece]) -> bytes:
-    """Rows and examples of pieces as NumPy's archive, which holds nothing but arrays."""
-    arrays: dict[str, np.ndarray] = {}
-    for number, piece in enumerate(pieces):
-        arrays |= {f"{number}/rows/{name}": values for name, values in piece.rows.items()}
-        for name in piece.examples[0].columns:
-            values = [example.columns[name] for example in piece.examples]
-            arrays[f"{number}/column/{name}"] = np.concatenate(values)
-            arrays[f"{number}/sizes/{name}"] = np.array([len(one) for one in values])
-        about = [[example.tokens, example.weight, example.record] for example in piece.examples]
-        arrays[f"{number}/about"] = np.array(about, np.float64)
-    file = io.BytesIO()
-    keywords: Any = arrays  # mypy takes them for those of savez
-    np.savez(file, **keywords)
-    return file.getvalue()
-
-
-def _unpacked(file: Path) -> Iterator[tuple[dict[str, np.ndarray], list[Example]]]:
-    """What `_packed` packed."""
-    with np.load(file, allow_pickle=False) as archive:
-        for number in itertools.count():
-            if f"{number}/about" not in archive:
-                return
-            found: dict[str, dict[str, np.ndarray]] = {"rows": {}, "column": {}, "sizes": {}}
-            for key in archive.files:
-                owner, kind, *name = key.split("/")
-                if owner == str(number) and name:
-                    found[kind][name[0]] = archive[key]
-            columns = {
-                name: np.split(values, np.cumsum(found["sizes"][name])[:-1]) for name, values in found["column"].items()
-            }
-            yield (
-                found["rows"],
-                [
-                    Example({name: parts[place] for name, parts in columns.items()}, int(tokens), weight, int(record))
-                    for place, (tokens, weight, record) in enumerate(archive[f"{number}/about"].tolist())
-                ],
-            )
 
 
 def _finish(answering: Answering, names: list[Path], parts: Path, output: Path | None) -> dict[str, Any]:
@@ -315,10 +278,12 @@ def _finish(answering: Answering, names: list[Path], parts: Path, output: Path |
 
 def _scores(answering: Answering, names: list[Path]) -> dict[str, Any]:
     """The numbers of an evaluation over all records with a reference."""
+    if answering.task.ask is not None:
+        return _text_scores(answering, names)
     judge, examples, rows = answering.task.judge, list[Example](), list[dict[str, np.ndarray]]()
     for name in names if judge else ():
         file = name.with_suffix(".scores")
-        for made, own in _unpacked(file) if file.exists() else ():
+        for made, own in parting.unpacked(file) if file.exists() else ():
             shift = {"number": made["number"] + len(examples)} if "number" in made else {}
             rows.append(made | shift)
             examples += own
@@ -327,6 +292,38 @@ def _scores(answering: Answering, names: list[Path]) -> dict[str, Any]:
     joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     numbers, shown = judge(joined, answering.context, examples)
     return {"references": len({one.record for one in examples})} | numbers | shown
+
+
+def _text_scores(answering: Answering, names: list[Path]) -> dict[str, Any]:
+    """Scores of all generated texts that have a reference, and of groups of them; and how they were counted."""
+    scores, fields = answering.scores, answering.group_by
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    keys: list[tuple[str, ...]] = []
+    counts: Counter[str] = Counter()
+    for name in names:
+        for line in name.read_text(encoding="utf-8").splitlines():
+            told = json.loads(line)
+            if "scores" not in told:
+                continue
+            counts[told["language"]] += 1
+            keys.append(tuple(told.get("groups", {}).get(field, "") for field in fields))
+            for score, how in scores.items():
+                rows[score].append(how.statistics(told["prediction"], [told["reference"]], told["language"]))
+    if not keys:
+        return {}
+    tables = {name: np.stack(own) for name, own in rows.items()}
+    about: dict[str, Any] = {"references": counts.total(), "languages": dict(counts)}
+    between: dict[str, tuple[float, float]] = {}
+    for score, table in tables.items():
+        about |= scores[score].form(total(table))
+        between |= intervals(scores[score], table)
+    about["intervals"] = between
+    if fields:
+        about["groups"] = {
+            name: groups.compare(scores, tables, [key[place] for key in keys]) for place, name in enumerate(fields)
+        }
+    signatures = {score: {own: how.signature(own) for own in sorted(counts)} for score, how in scores.items()}
+    return about | {"signatures": signatures}
 
 
 class Answering:
@@ -339,6 +336,8 @@ class Answering:
     Attributes:
         context: What the task's functions may know.
         size: Records of a block.
+        scores: Of what is generated.
+        group_by: `Wanted.group_by`.
     """
 
     def __init__(self, asked: Trained, wanted: Wanted) -> None:
@@ -351,6 +350,9 @@ class Answering:
         sections = config.data, config.task, config.eval, config.train
         self.context = Context(asked.tokenizer, *sections, prompting, labels, asked.decision)
         self.size = BLOCK if self.task.answer else WRITTEN_BLOCK
+        names = DEFAULT_SCORES if wanted.scores is None else wanted.scores
+        self.scores = chosen(names, wanted.choices) if self.task.ask else {}
+        self.group_by = wanted.group_by
         self._module: TaskModule | None = None
         self._plain: Any = None
         self._padded = config.data.packing is Packing.padded or bool(
@@ -365,7 +367,9 @@ class Answering:
     def identity(self) -> str:
         """All that an answer depends on beside its record."""
         settings = load.to_yaml(replace(self._asked.config, run_dir=""))
-        how = [self._wanted.tokens, self._wanted.beams, str(self._asked.dtype), __version__, self._asked.decision]
+        wanted = self._wanted
+        how: list[Any] = [repr(wanted.decoding), wanted.scores, wanted.language, repr(wanted.choices), wanted.group_by]
+        how += [str(self._asked.dtype), __version__, self._asked.decision]
         return json.dumps([settings, self._asked.fingerprint, *how])
 
     def piece(self, raws: Mapping[int, Raw | BadRecord], device: torch.device) -> Piece:
@@ -382,6 +386,8 @@ class Answering:
                 line["error"] = raw.problem
                 continue
             line |= {"id": raw.fields["id"]} if raw.fields.get("id") is not None else {}
+            if self.group_by:
+                line["groups"] = {name: groups.value(raw.fields, name) for name in self.group_by}
             try:
                 records[number] = self.context.prompting.record(raw, self._read)
             except BadRecord as problem:
@@ -487,18 +493,62 @@ class Answering:
         return module
 
     def _written(self, records: dict[int, Any], device: torch.device) -> Iterator[tuple[int, dict[str, Any]]]:
-        """What the model writes of each record."""
-        assert self.task.write is not None, "a task answers in one of the two ways"
+        """What the model writes of each record, or fills in where its task does not generate."""
         if self._plain is None:
             kind, known = self.task.kind, self._asked.model_config
             self._plain = self._asked.load(layout.implementation(kind, known, padded=True)).to(device).eval()
+        ask, write = self.task.ask, self.task.write
         with own_settings(self._plain) as model, torch.no_grad():
-            stops, wanted = self._asked.stop_tokens, self._wanted
-            sampling = Sampling(model, device, stops, wanted.tokens or TOKENS, wanted.beams or 1)
-            for number, record in records.items():
-                try:
-                    yield number, self.task.write(sampling, record, self.context)
-                except BadRecord as problem:
-                    yield number, {"error": problem.problem}
-                except ValueError as problem:
-                    yield number, {"error": str(problem)}
+            if ask is None:
+                assert write is not None, "a task answers in one of three ways"
+                sampling = Sampling(model, device, self._asked.stop_tokens, self._wanted.decoding.max_new_tokens)
+                yield from _each(records, lambda record: write(sampling, record, self.context))
+                return
+            prompts: dict[int, Prompt] = {}
+            for number, made in _each(records, lambda record: ask(record, self.context)):
+                if isinstance(made, Prompt):
+                    prompts[number] = made
+                else:
+                    yield number, made
+            ids = {number: prompt.ids for number, prompt in prompts.items()}
+            for number, texts in self._writer(model, device).write(ids):
+                yield number, {"error": texts} if isinstance(texts, str) else self._told_of(texts, prompts[number].told)
+
+    def _writer(self, model: Any, device: torch.device) -> Writer:
+        begin, asked = self.task.begin, self._asked
+        return Writer(
+            model,
+            device,
+            asked.tokenizer,
+            asked.stop_tokens,
+            self._wanted.decoding,
+            begin(model, asked.tokenizer) if begin else None,
+            asked.config.eval.micro_batch_size,
+        )
+
+    def _told_of(self, texts: list[Written], about: dict[str, Any]) -> dict[str, Any]:
+        """What is told of a record by its texts, the first of which is scored where it has a reference."""
+        first = texts[0]
+        told: dict[str, Any] = {"prediction": first.text, "stopped": first.stopped, "tokens": first.tokens}
+        if len(texts) > 1:
+            told["predictions"] = [{"text": t.text, "stopped": t.stopped, "tokens": t.tokens} for t in texts]
+        told |= about
+        if isinstance(reference := about.get("reference"), str):
+            language = languages.told(self._wanted.language, [reference])
+            try:
+                found = [how.of_record(first.text, [reference], language) for how in self.scores.values()]
+            except ValueError as problem:  # a reference of another kind than is compared
+                return told | {"note": f"it is not scored: {problem}"}
+            told |= {"language": language, "scores": {k: v for numbers in found for k, v in numbers.items()}}
+        return told
+
+
+def _each(records: dict[int, Any], make: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
+    """What is made of each record, or the error that says why it cannot be."""
+    for number, record in records.items():
+        try:
+            yield number, make(record)
+        except BadRecord as problem:
+            yield number, {"error": problem.problem}
+        except ValueError as problem:
+            yield number, {"error": str(problem)}

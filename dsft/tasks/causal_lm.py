@@ -12,6 +12,7 @@ from dsft.model.kind import CAUSAL
 from dsft.tasks.conversation import ASKED, SHAPES, Conversation
 from dsft.tasks.fit import fit
 from dsft.tasks.forward import Forward
+from dsft.tasks.generate import Prompt
 from dsft.tasks.nll import token_metrics
 from dsft.tasks.render import Rendering, render
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View
@@ -106,11 +107,11 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
 
 
-def write(sampling: Sampling, record: Conversation, context: Context) -> dict[str, Any]:
-    """The answer to a chat's last question, or how a text goes on; beside the answer that the chat has, if any.
+def ask(record: Conversation, context: Context) -> Prompt:
+    """A chat up to its last question, or a text to go on with; beside the answer that the chat has, if any.
 
     Raises:
-        ValueError: It leaves no room for an answer, or the chat template refuses it.
+        ValueError: The chat template refuses it.
     """
     tokenizer, turns, told = context.tokenizer, list(record.messages), dict[str, Any]()
     if record.text is not None:
@@ -120,8 +121,7 @@ def write(sampling: Sampling, record: Conversation, context: Context) -> dict[st
             told["reference"] = turns.pop()["content"]
         text, _ = chat_template(tokenizer, record.tools).write(turns, record.tools, prompt=True)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    answer = _answered(sampling, ids, context)
-    return {"prediction": tokenizer.decode(answer, skip_special_tokens=True)} | told
+    return Prompt(ids, told)
 
 
 def open_end(tokenizer: Any, text: str) -> list[int]:
@@ -157,5 +157,5 @@ TASK = Task(
     ),
     sample=sample,
     asked=ASKED,
-    write=write,
+    ask=ask,
 )

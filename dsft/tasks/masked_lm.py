@@ -255,5 +255,5 @@ TASK = Task(
     views=views,
     sample=sample,
     write=write,
-    writes_by=frozenset({"data.max_length"}),
+    asks_by=frozenset({"data.max_length"}),
 )

@@ -20,6 +20,7 @@ from dsft.model.kind import SEQ2SEQ
 from dsft.tasks import media, texts, weights
 from dsft.tasks.fit import TOO_LONG
 from dsft.tasks.forward import Forward, decoder_ids
+from dsft.tasks.generate import Prompt
 from dsft.tasks.nll import token_metrics
 from dsft.tasks.task import Context, Outcome, Sampling, Task, View, text_of
 from dsft.types import IGNORE_INDEX, Batch, Dropped, Example, Record
@@ -277,8 +278,8 @@ def sample(sampling: Sampling, example: Example, context: Context) -> dict[str, 
     return {name: context.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
 
 
-def write(sampling: Sampling, record: Pair, context: Context) -> dict[str, Any]:
-    """What the model writes for a record, cut as in training where it is too long; beside the target, if it has one.
+def ask(record: Pair, context: Context) -> Prompt:
+    """The source of a record, cut as in training where it is too long; beside the target, if it has one.
 
     Raises:
         ValueError: It has no tokens, or is to be left out for its length.
@@ -291,15 +292,19 @@ def write(sampling: Sampling, record: Pair, context: Context) -> dict[str, Any]:
     made = _side(record, context, "text", source)
     if isinstance(made, Dropped):
         raise ValueError(made.reason)
-    answer = _generated(sampling, made.ids.tolist(), context.tokenizer)
-    told: dict[str, Any] = {"prediction": context.tokenizer.decode(answer, skip_special_tokens=True)}
-    told |= {"truncated": True} if made.cut else {}
-    return told | ({"reference": target[0]} if target else {})
+    told: dict[str, Any] = {"truncated": True} if made.cut else {}
+    return Prompt(made.ids.tolist(), told | ({"reference": target[0]} if target else {}))
+
+
+def begin(model: Any, tokenizer: Any) -> list[int]:
+    """What the decoder has read before it writes the first token of a text."""
+    before, after = frame(tokenizer, "text_target")
+    ids = torch.tensor([[*before, *after]], device=model.device)
+    return beginning(model, ids, 1 + len(before))[0].tolist()
 
 
 def _generated(sampling: Sampling, ids: list[int], tokenizer: Any) -> list[int]:
-    before, after = frame(tokenizer, "text_target")
-    begun = beginning(sampling.model, torch.tensor([[*before, *after]], device=sampling.device), 1 + len(before))
+    begun = torch.tensor([begin(sampling.model, tokenizer)], device=sampling.device)
     # otherwise it is put in front once more
     settings = {"decoder_start_token_id": int(begun[0, 0])}
     return sampling.generate(ids, tokenizer.pad_token_id, sys.maxsize, decoder_input_ids=begun, settings=settings)
@@ -334,6 +339,7 @@ TASK = Task(
     ),
     sample=sample,
     asked=ASKED,
-    write=write,
-    writes_by=frozenset({"data.max_length", "data.on_overflow"}),
+    ask=ask,
+    begin=begin,
+    asks_by=frozenset({"data.max_length", "data.on_overflow"}),
 )

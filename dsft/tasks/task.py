@@ -28,6 +28,7 @@ from dsft.types import Batch, Dropped, Example, Record
 if TYPE_CHECKING:
     from dsft.data.dataset import Prepared
     from dsft.tasks.forward import Forward
+    from dsft.tasks.generate import Prompt
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -99,14 +100,12 @@ class Sampling:
         device: Where it computes.
         stop_tokens: Token ids that end an answer.
         tokens: How many an answer has at most.
-        beams: How many beginnings of an answer are followed at once; 1 is greedy.
     """
 
     model: PreTrainedModel
     device: torch.device
     stop_tokens: list[int]
     tokens: int
-    beams: int = 1
 
     def generate(self, ids: list[int], pad: int | None, room: int, **more: Any) -> list[int]:
         """Token ids that the model writes, of an encoder-decoder those that it begins with among them.
@@ -121,7 +120,6 @@ class Sampling:
         settings = GenerationConfig(
             max_new_tokens=min(self.tokens, room),
             do_sample=False,
-            num_beams=self.beams,
             pad_token_id=pad,
             eos_token_id=self.stop_tokens or None,
             **more.pop("settings", {}),
@@ -181,9 +179,12 @@ class Task:
             examples of these too, which `loss` gives rows of.
         answer: (rows as `judge` gets them, context, the examples, their records) -> what is told of each record, by
             its number; of tasks whose predictions come from rows.
-        write: (sampling, record, context) -> what is told of a record, in JSON types; of tasks that generate. It
-            raises ValueError where it cannot be.
-        writes_by: Which of `data.max_length` and `data.on_overflow` that reads.
+        ask: (record, context) -> what a model goes on from; of tasks whose predictions are generated. It raises
+            ValueError where it cannot be.
+        begin: (model, tokenizer) -> what an encoder-decoder's decoder has read before it writes.
+        asks_by: Which of `data.max_length` and `data.on_overflow` are read for either of `ask` and `write`.
+        write: (sampling, record, context) -> what is told of a record, in JSON types; of tasks that answer in neither
+            of these ways. It raises ValueError where it cannot be.
         views: (example, its number, context) -> how many documents an evaluation makes of it; one each if None.
         sample: (sampling, example, context) -> `prompt`, `reference` and `answer`, to read before and after; None if
             there is nothing to show. It raises ValueError where there is no room for an answer.
@@ -206,8 +207,10 @@ class Task:
     decision: Callable[[Context, Mapping[str, Any]], dict[str, Any]] | None = None
     asked: Mapping[tuple[str, ...], Callable[[Fields, str], Record]] = field(default_factory=dict)
     answer: Callable[[dict[str, np.ndarray], Context, Examples, Records], Answers] | None = None
+    ask: Callable[[Any, Context], Prompt] | None = None
+    begin: Callable[[Any, Any], list[int]] | None = None
+    asks_by: frozenset[str] = frozenset()
     write: Callable[[Sampling, Any, Context], dict[str, Any]] | None = None
-    writes_by: frozenset[str] = frozenset()
     views: Callable[[Example, int, Context], int] | None = None
     sample: Callable[[Sampling, Example, Context], dict[str, str]] | None = None
 

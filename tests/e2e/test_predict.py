@@ -10,6 +10,7 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+import sacrebleu
 import tiny
 import torch
 from sklearn import metrics as judge
@@ -228,6 +229,45 @@ def test_chats_and_texts_are_answered(home, scratch, tmp_path):
     assert "has no turn" in said[5]["error"] and "the prompt alone fills the model" in said[6]["error"]
 
 
+def test_texts_are_the_same_for_any_ranks_and_batches_and_scored_as_the_judges_do(home, scratch, tmp_path):
+    """Drawn and greedy; 23 records, which neither divides; killed scores cannot be, as they are counted at the end."""
+    words = [text.split() for text in tiny.texts(23)]
+    rows = [
+        {"prompt": " ".join(text[: 1 + n % 7]), "completion": " ".join(text[1:4]), "of": n % 2}
+        for n, text in enumerate(words)
+    ]
+    rows[5], rows[11] = {"text": "the red fox"}, {"prompt": 3}
+    file, found = tiny.write_jsonl(tmp_path / "x.jsonl", rows), {}
+    usual = [f"model.path={home / 'causal'}", f"input={file}", "max_new_tokens=6", "scores=[bleu,chrf,ter,rouge]"]
+    usual += ["group_by=[of]"]
+    for drawn in ([], ["temperature=1.2", "top_p=0.95", "answers=2", "seed=3"]):
+        for ranks, size in ((1, 1), (2, 3), (1, 16)):
+            output = tmp_path / f"{len(drawn)}-{ranks}-{size}.jsonl"
+            result = ask(scratch, *usual, *drawn, f"output={output}", f"eval.micro_batch_size={size}", ranks=ranks)
+            assert result.code == 0, result.err
+            said = output.read_bytes(), (tmp_path / f"{output.name}.scores.json").read_bytes()
+            assert found.setdefault(len(drawn), said) == said, (drawn, ranks, size)
+    for lot, (said, scores) in found.items():
+        told, numbers = [json.loads(line) for line in said.splitlines()], json.loads(scores)
+        scored = [line for line in told if "scores" in line]
+        assert "error" in told[11] and "scores" not in told[5] and numbers["references"] == len(scored) > 15
+        texts, references = [line["prediction"] for line in scored], [line["reference"] for line in scored]
+        assert numbers["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [references]).score, abs=1e-9)
+        languages = [line["language"] for line in scored]
+        assert numbers["languages"] == {name: languages.count(name) for name in set(languages)}
+        if lot:
+            assert all(len(line["predictions"]) == 2 for line in scored)
+            assert any(line["predictions"][0]["text"] != line["predictions"][1]["text"] for line in scored)
+            assert scored[0]["prediction"] == scored[0]["predictions"][0]["text"]
+        by = numbers["groups"]["of"]["groups"]
+        assert {name: own["records"] for name, own in by.items()} == {
+            name: sum(line["groups"]["of"] == name for line in scored) for name in ("0", "1")
+        }
+        assert numbers["intervals"]["bleu"][0] <= numbers["bleu"] <= numbers["intervals"]["bleu"][1]
+        rouge = np.mean([line["scores"]["rouge1"] for line in scored])
+        assert numbers["rouge1"] == pytest.approx(rouge, abs=1e-9)
+
+
 def test_masks_are_filled(home, scratch, tmp_path):
     file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "the red [MASK] sees"}, {"text": "nothing"}])
     output = tmp_path / "said.jsonl"
@@ -358,6 +398,16 @@ def test_what_the_data_have_told_of_questions_without_an_answer_is_kept(home, sc
             "data.max_length does nothing with task=causal_lm",
         ),
         (["task.thresholds=half"], "task.thresholds=half does nothing with task.multi_label=false"),
+        (["task=causal_lm", "model.path={causal}", "scores=[blue]"], "Did you mean bleu?"),
+        (["task=causal_lm", "model.path={causal}", "language=Deutsch"], "language=Deutsch is auto"),
+        (["task=causal_lm", "model.path={causal}", "temperature=warm"], "temperature=warm is to be a number"),
+        (["task=causal_lm", "model.path={causal}", "top_p=0.5"], "top_p does nothing with temperature=0"),
+        (
+            ["task=causal_lm", "model.path={causal}", "group_by=[topic]"],
+            "none of the first 1 records has a field 'topic'",
+        ),
+        (["task=causal_lm", "model.path={causal}", "normalize=[upper]"], "normalize: there is no 'upper'"),
+        (["scores=[bleu]"], "scores does nothing with task=classify"),
         (["beams=0"], "beams=0 is a whole number, at least 1"),
         (["checkpoint=best"], "checkpoint=best does nothing without run_dir"),
         (["data.max_length=999"], "is more than the 128 positions of"),
