@@ -14,6 +14,7 @@ from dsft.metrics.scores.language import normalized, tokens, told, words
     [
         ("今天天气 ok", "zh"),
         ("用 Python 写", "other"),  # two characters, six letters
+        ("天天ok", "other"),
         ("fine", "en"),
         ("schön", "other"),
         ("хорошо", "other"),
@@ -58,7 +59,7 @@ def test_words(text, own, found):
 @pytest.mark.parametrize(("name", "judge"), [("13a", Tokenizer13a()), ("zh", TokenizerZh()), ("char", TokenizerChar())])
 def test_tokens_are_sacrebleus(name, judge):
     texts = [said for chinese in (False, True) for said, *_ in pairs(200, chinese, lines=True)]
-    for text in [*texts, "&quot;a&quot; 3.5, 1,000 U.S. don't-", "学习AI，用GPT-4。", "", " 字 ", "🙂🙂"]:
+    for text in [*texts, "&quot;a&quot; 3.5, 1,000 U.S. don't-", "ends-\n", "学习AI，用GPT-4。", "", " 字 ", "🙂🙂"]:
         assert tokens(text, name) == judge(text.rstrip()).split()
 
 
