@@ -248,7 +248,7 @@ class Loop:
         self.counters = Counters(**{name: state[name] for name in asdict(self.counters)})
         self.loader.load_state_dict(state["loader"])
         self.schedule.load_state_dict(state["schedule"])
-        self.decision = state["decision"]
+        self.decision = state.get("decision", self.decision)
         self._ledger.load_state_dict(state["intervals"][self.world.rank], self.world.device)
         return state
 

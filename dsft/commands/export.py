@@ -49,7 +49,7 @@ def export(
     kept = read(run_dir, which)
     _check_merge(kept.config, merge, kept.path)
     model = kept.model(kept.source(model_path), kept.dtype, "eager", merge)
-    heads.keep_decision(model.config, kept.state["decision"])
+    heads.keep_decision(model.config, kept.decision)
     report = writing.write_model(
         model,
         kept.record.companions,
@@ -92,6 +92,11 @@ class Kept:
     def dtype(self) -> torch.dtype:
         """Type of the weights in training."""
         return assemble.DTYPES[Precision[self.state["identity"]["precision"]]]
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """What decides answers beside the model; checkpoints of before it was kept have none."""
+        return self.state.get("decision", {})
 
     def source(self, model_path: str | None) -> models.ModelSource:
         """The run's base model, with the head that was put on it.

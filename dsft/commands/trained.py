@@ -110,7 +110,7 @@ def find(who: Who, given: Mapping[str, Any]) -> Trained:
         return kept.model(source, dtype, attention, merge=True)
 
     made = _trained(config, source, tokenizer, dtype, f"{source.fingerprint} {manifest}", loaded)
-    return replace(made, decision=kept.state["decision"])
+    return replace(made, decision=kept.decision)
 
 
 def _of_model(path: str, task: str | None, given: Mapping[str, Any]) -> Trained:

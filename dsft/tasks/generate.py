@@ -35,6 +35,10 @@ END, STRING, LENGTH = "end", "stop", "length"
 """Why a text ends: by a token that ends turns, by one of `Decoding.stop`, or at its greatest length."""
 
 
+FAILURES = (RuntimeError, ValueError, IndexError)
+"""What a model comes up with where it cannot take a prompt, or has no memory for a batch."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How texts are written.
@@ -241,15 +245,16 @@ class Writer:
         return taken
 
     def _keeps_padding(self, short: list[int], long: list[int]) -> bool:
-        """Whether a prompt is answered in the same way with padding beside it; tried once."""
+        """Whether a prompt is answered in the same way with padding beside it; found out once, by two that can be."""
         if self._ragged is None:
-            both, alone = (
-                self._model.generate(
-                    **self._inputs(given),
-                    generation_config=self._settings(1, output_logits=True, return_dict_in_generate=True),
-                ).logits[0]
-                for given in ([short, long], [short])
-            )
+            settings = self._settings(1, output_logits=True, return_dict_in_generate=True)
+            try:
+                both, alone = (
+                    self._model.generate(**self._inputs(given), generation_config=settings).logits[0]
+                    for given in ([short, long], [short])
+                )
+            except FAILURES:
+                return False  # the record whose fault it is says so by itself
             self._ragged = isolation.same(both[:1].float(), alone[:1].float())
         return self._ragged
 
@@ -279,7 +284,7 @@ class Writer:
         """The texts of a batch; where it fails, those of its halves, down to the record whose fault it is."""
         try:
             texts = self._written(numbers, prompts, limit)
-        except (RuntimeError, ValueError, IndexError) as problem:
+        except FAILURES as problem:
             if len(numbers) > 1:
                 half = len(numbers) // 2
                 yield from self._tried(numbers[:half], prompts, limit)

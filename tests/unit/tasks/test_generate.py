@@ -119,9 +119,9 @@ def test_a_prompt_that_fills_the_model_and_one_that_nearly_does():
 
 
 def test_a_failing_prompt_takes_no_other_with_it():
-    given = prompts() | {20: [10_000, 11]}
-    found = written(model(), Decoding(max_new_tokens=4), given)
-    assert "IndexError" in found[20] and all(isinstance(found[number], list) for number in prompts())
+    for others in (prompts(), {0: [11], 1: [12, 13, 14]}):  # in a batch, and where padding is tried first
+        found = written(model(), Decoding(max_new_tokens=4), others | {20: [10_000, 11]})
+        assert "IndexError" in found[20] and all(isinstance(found[number], list) for number in others)
 
 
 def test_an_encoder_decoder_writes_in_batches_too():
