@@ -145,10 +145,11 @@ def _refuse_idle(task: Task, name: str, wanted: Wanted, given: Mapping[str, Any]
     Raises:
         UserError: Something does not; it is named.
     """
-    idle = sorted(wanted.said) if task.ask is None else []
+    read = {"group_by"} if task.kind.by_document and task.judge else set()
+    idle = sorted(wanted.said - read) if task.ask is None else []
     if task.answer is None:
-        read = task.asks_by | ({"eval.micro_batch_size"} if task.ask else set())
-        idle += sorted(given.keys() & BY_ROWS - read)
+        own = task.asks_by | ({"eval.micro_batch_size"} if task.ask else set())
+        idle += sorted(given.keys() & BY_ROWS - own)
     if idle:
         raise UserError(f"{idle[0]} does nothing with task={name}: leave it out")
 
@@ -291,7 +292,27 @@ def _scores(answering: Answering, names: list[Path]) -> dict[str, Any]:
         return {}
     joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     numbers, shown = judge(joined, answering.context, examples)
-    return {"references": len({one.record for one in examples})} | numbers | shown
+    about: dict[str, Any] = {"references": len({one.record for one in examples})} | numbers | shown
+    if not answering.group_by:
+        return about
+
+    def judged(own: dict[str, np.ndarray], places: list[int]) -> tuple[dict[str, float], dict[str, Any]]:
+        return judge(own, answering.context, [examples[place] for place in places])
+
+    records = np.array([one.record for one in examples])
+    better = {metric.of[0]: metric.better for metric in answering.task.metrics.values()}
+    keys = _groups(names)
+    by_field = {
+        field: groups.compare_judged(judged, joined, records, {n: own[field] for n, own in keys.items()}, better)
+        for field in answering.group_by
+    }
+    return about | {"groups": by_field}
+
+
+def _groups(names: list[Path]) -> dict[int, dict[str, str]]:
+    """The groups of each record, by its number."""
+    lines = (json.loads(line) for name in names for line in name.read_text(encoding="utf-8").splitlines())
+    return {line["record"] - 1: line["groups"] for line in lines}
 
 
 def _text_scores(answering: Answering, names: list[Path]) -> dict[str, Any]:

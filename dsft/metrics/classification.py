@@ -96,8 +96,9 @@ def confusion(predicted: np.ndarray, targets: np.ndarray, counts: np.ndarray, la
 def per_label(
     logits: np.ndarray, targets: np.ndarray, counts: np.ndarray, thresholds: np.ndarray | None = None
 ) -> list[Numbers]:
-    """For each label `precision`, `recall`, `f1` and `support` (what its records count), and where both kinds of
-    records are there `roc_auc` and `average_precision`.
+    """For each label `precision`, `recall`, `f1`, `support` (what its records count), `selection_rate` (share of all
+    records that are given it) and `false_positive_rate` (of those without it), and where both kinds of records are
+    there `roc_auc` and `average_precision`.
 
     Args:
         logits: Shape (records, labels).
@@ -118,6 +119,9 @@ def per_label(
         right, given, there = (float((part[:, one] * counts).sum()) for part in (taken & true, taken, true))
         numbers = {"precision": float(_ratio(right, given)), "recall": float(_ratio(right, there))}
         numbers |= {"f1": float(_ratio(2 * right, given + there)), "support": there}
+        whole = float(counts.sum())
+        numbers["selection_rate"] = float(_ratio(given, whole))
+        numbers["false_positive_rate"] = float(_ratio(given - right, whole - there))
         found.append(numbers | _ranked([(scores[one], true[:, one])], counts))
     return found
 

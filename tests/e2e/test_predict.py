@@ -106,6 +106,29 @@ def test_labels_of_records_good_and_bad_stand_in_their_order(home, scratch, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {file.name, output.name, "said.jsonl.scores.json"}
 
 
+def test_groups_of_records_are_told_apart(home, scratch, tmp_path):
+    """Two large groups, one small, on two ranks; records that cannot be read or scored are of none."""
+    rows = [
+        row | {"about": {"side": "abc"[min(n % 2, 1) if n < 76 else 2]}} for n, row in enumerate(tiny.labelled_rows(80))
+    ]
+    for row in rows:
+        row.pop("weight", None)
+    rows[3]["label"], rows[7]["text"] = "green", ""
+    file, output = tiny.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / "said.jsonl"
+    given = [f"model.path={home / 'classify'}", f"input={file}", f"output={output}", "group_by=[about.side]"]
+    result = ask(scratch, *given, ranks=2)
+    assert result.code == 0, result.err
+    scores, said = json.loads((tmp_path / "said.jsonl.scores.json").read_text()), lines(output)
+    found = scores["groups"]["about.side"]
+    for key, own in found["groups"].items():
+        mine = [n for n, row in enumerate(rows) if row["about"]["side"] == key and n not in (3, 7)]
+        true, told = [rows[n]["label"] for n in mine], [said[n]["prediction"] for n in mine]
+        assert own["records"] == len(mine) and own["accuracy"] == pytest.approx(judge.accuracy_score(true, told))
+        assert own["intervals"]["accuracy"][0] <= own["accuracy"] <= own["intervals"]["accuracy"][1]
+        assert own.get("small", False) == (key == "c")
+    assert set(found["fairness"]) == {*tiny.LABELS} and found["gap"]["accuracy"] >= 0
+
+
 def test_killed_it_goes_on_behind_the_last_whole_block(home, scratch, tmp_path):
     rows = [{"text": text} for text in tiny.texts(1500)]
     file = tiny.write_jsonl(tmp_path / "x.jsonl", rows)
@@ -407,6 +430,7 @@ def test_what_the_data_have_told_of_questions_without_an_answer_is_kept(home, sc
             "none of the first 1 records has a field 'topic'",
         ),
         (["task=causal_lm", "model.path={causal}", "normalize=[upper]"], "normalize: there is no 'upper'"),
+        (["task=tag", "model.path={tag}", "group_by=[a]"], "group_by does nothing with task=tag"),
         (["scores=[bleu]"], "scores does nothing with task=classify"),
         (["beams=0"], "beams=0 is a whole number, at least 1"),
         (["checkpoint=best"], "checkpoint=best does nothing without run_dir"),
@@ -422,7 +446,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(home, scratch, tmp_path, 
     file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
     (tmp_path / "empty.jsonl").write_text("\n")
     usual = {"model.path": home / "classify", "input": file, "output": tmp_path / "said.jsonl"}
-    places = {"causal": home / "causal", "there": file, "empty": tmp_path / "empty.jsonl"}
+    places = {"causal": home / "causal", "tag": home / "tag", "there": file, "empty": tmp_path / "empty.jsonl"}
     changed = dict(one.format(**places).split("=", 1) for one in given)
     result = ask(scratch, *(f"{name}={value}" for name, value in (usual | changed).items()))
     assert result.code == 2, result.err

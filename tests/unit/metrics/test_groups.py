@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fairlearn.metrics
 import numpy as np
 import pytest
 
-from dsft.metrics import groups
+from dsft.metrics import classification, groups
 from dsft.metrics.scores import chosen
 
 
@@ -31,6 +32,37 @@ def test_groups_are_sets_of_their_own():
     assert groups.compare(scores, tables, keys) == found
     alone = groups.compare(scores, tables, ["all"] * 100)
     assert alone["worst"] == alone["gap"] == {}
+
+
+def test_labels_by_group_are_as_fair_as_fairlearn_says():
+    draw = np.random.default_rng(1)
+    logits, targets = draw.normal(size=(300, 3)), draw.integers(0, 3, 300)
+    logits[np.arange(300), targets] += 1
+    sexes = np.array(["a", "b", "c"])[draw.integers(0, 3, 300)]
+    logits[sexes == "b", 1] += 1
+    rows = {"logits": logits, "targets": targets, "counts": np.ones(300)}
+
+    def judge(own, places):
+        assert (own["targets"] == targets[places]).all()
+        each = classification.per_label(own["logits"], own["targets"], own["counts"])
+        numbers = classification.single_label(own["logits"], own["targets"], own["counts"])
+        return numbers, {"labels": dict(zip("xyz", each))}
+
+    keys = dict(enumerate(sexes.tolist()))
+    found = groups.compare_judged(judge, rows, np.arange(300), keys, {"accuracy": "higher", "log_loss": "lower"})
+    for number, label in enumerate("xyz"):
+        given = targets == number, logits.argmax(-1) == number
+        for name, value in found["fairness"][label].items():
+            expected = getattr(fairlearn.metrics, name)(*given, sensitive_features=sexes)
+            assert value == pytest.approx(expected), (label, name)
+    accuracies = {key: (logits.argmax(-1) == targets)[sexes == key].mean() for key in "abc"}
+    for key, own in found["groups"].items():
+        assert own["accuracy"] == pytest.approx(accuracies[key]) and own["records"] == (sexes == key).sum()
+        low, high = own["intervals"]["accuracy"]
+        spread = np.sqrt(accuracies[key] * (1 - accuracies[key]) / own["records"])
+        assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.35)
+    assert found["worst"]["accuracy"] == min(accuracies, key=accuracies.get)
+    assert found["gap"]["accuracy"] == pytest.approx(max(accuracies.values()) - min(accuracies.values()))
 
 
 def test_the_group_of_a_record():
