@@ -69,6 +69,12 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened_and_loads(home, s
     train = audit["train"]
     assert train["records_kept"] + train["records_held_out"] == 56 and train["examples"] > train["records_kept"]
     check_model(path / "straight")
+    given = [f"run_dir={path / 'labels'}", "task=classify", f"model.path={path / 'straight/model'}", "data=jsonl"]
+    given += [f"data.train={tiny.write_jsonl(path / 'labels.jsonl', tiny.labelled_rows(20))}", "train.max_steps=2"]
+    given += [f"data.cache_dir={path / 'cache'}", "data.max_length=48", "precision=fp32", "train.export=false"]
+    task = helpers.train(given, scratch)
+    assert task.code == 0, task.err
+    assert "the head has 3 outputs: blue, red, 狐狸; new, by" in task.err
 
 
 def check_model(run: Path) -> None:
