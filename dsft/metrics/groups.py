@@ -60,7 +60,7 @@ def compare_judged(
     Args:
         judge: (rows, which of all rows they are) -> numbers, and what is shown beside them, as `Task.judge`.
         rows: Of the whole evaluation, `counts` among them; a record's are side by side.
-        records: Number of each row's record, rising.
+        records: Number of each row's record.
         keys: Number of a record -> its group.
         better: Which way is up, by name of a number.
 
